@@ -1,0 +1,28 @@
+# make demo, make test: each makes its own virtual environment, in .venv unless VENV names another folder.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-slow
+
+$(BIN)/accelerate: requirements.txt
+	$(PYTHON) -m venv $(VENV) || { echo "no virtual environment: apt install python3-venv, then again"; exit 1; }
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+$(BIN)/ruff: requirements-test.txt $(BIN)/accelerate
+	$(BIN)/pip install -q -r requirements-test.txt
+	touch $@
+
+demo: $(BIN)/accelerate
+	$(BIN)/accelerate launch cmo.py --overwrite --paste none --output-dir runs/demo/ce
+	$(BIN)/accelerate launch cmo.py --overwrite --drw --output-dir runs/demo/cmo
+	$(BIN)/python -m common.compare runs/demo/ce runs/demo/cmo
+
+test: $(BIN)/ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(BIN)/ruff
+	$(BIN)/python -m pytest -m slow

@@ -1,0 +1,199 @@
+"""Options: one typed dataclass per script becomes its command line.
+
+Where a value comes from, last one wins: the field's default, the script's RECIPES[dataset], the command line.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import operator
+import os
+import sys
+import typing
+from dataclasses import dataclass
+
+
+def say(*messages, here=False):
+    """One line each on stderr. Under a launcher only the first process speaks, unless `here`."""
+    if here or os.environ.get("RANK", "0") == "0":
+        for message in messages:
+            print(" ".join(str(message).split()), file=sys.stderr, flush=True)
+
+
+def fail(*messages, here=False):
+    """Say what is wrong and stop with exit code 2, without a traceback."""
+    say(*messages, here=here)
+    raise SystemExit(2)
+
+
+def option(default, help, *, choices=None, least=None, above=None, most=None, hint="", bare=None):
+    """A field of an Args class: default, help and limits (least <= value <= most, value > above).
+
+    `hint` ends the line that refuses a value; `bare` is the value of the option given without one.
+    """
+    limits = dict(choices=choices, least=least, above=above, most=most, hint=hint)
+    return dataclasses.field(default=default, metadata=dict(help=help, bare=bare, **limits))
+
+
+@dataclass
+class Args:
+    """The options that all scripts share; a script adds its own in a subclass."""
+
+    dataset: str = option("synthetic", "data set, and with it the recipe")
+    data_dir: str = option("data", "folder that holds the data set (README: Data)")
+    imbalance: float | None = option(
+        100.0,
+        "imbalance factor, largest class over smallest, of the exponential cut; fixed lists are not cut",
+        least=1,
+        hint="(largest class over smallest); write 100 for 1:100",
+    )
+    train_list: str | None = option(
+        None, "list file of `relative/path label` lines, for image_list and *_lt lists"
+    )
+    test_list: str | None = option(None, "the same for the test images")
+    image_size: int | None = option(
+        None, "side of the square input in pixels; up to 64 the images are kept in memory", least=8
+    )
+    color_jitter: float = option(
+        0.0, "strength of the colour jitter of training images read from files", least=0
+    )
+    num_workers: int = option(2, "loader processes per training process, for images read from files", least=0)
+    many_over: int = option(100, "many-shot classes have more training images than this", least=1)
+    few_under: int = option(20, "few-shot classes have fewer training images than this", least=1)
+    output_dir: str | None = option(None, "folder of the run (default: runs/SCRIPT/DATASET_IMBALANCE_SEED)")
+    resume: str = option(
+        "no",
+        "go on from the last checkpoint of the output folder; `auto` starts afresh where there is none",
+        choices=("no", "yes", "auto"),
+        bare="yes",
+    )
+    overwrite: bool = option(False, "delete the run that the output folder holds")
+    seed: int = option(0, "seed of initialisation, order and augmentation; the subset has its own", least=0)
+    arch: str = option(
+        "resnet8", "network: resnet8 to resnet56 (CIFAR), resnet10 to resnet152 (ImageNet), lenet"
+    )
+    epochs: int = option(10, "number of epochs", least=1)
+    batch_size: int = option(128, "images per step over all processes", least=1)
+    lr: float = option(0.1, "learning rate", above=0)
+    lr_steps: tuple[int, ...] = option((), "0-based epochs at which the learning rate falls", least=0)
+    wd: float = option(0.0, "weight decay, on all parameters", least=0)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+LIMITS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+}
+
+
+def check(field, value):
+    """Refuse, with one line, a value outside the field's limits. Tuples are checked by item, None passes."""
+    name, limits = flag(field.name), field.metadata
+    for item in value if isinstance(value, tuple) else (value,):
+        if limits["choices"] and item not in limits["choices"]:
+            fail(f"{name} {item}: must be one of {', '.join(limits['choices'])}")
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            if math.isinf(item):
+                fail(f"{name} {item}: must be finite")
+            for limit, (words, holds) in LIMITS.items():
+                if limits[limit] is not None and not holds(item, limits[limit]):
+                    fail(f"{name} {item}: must be {words} {limits[limit]} {limits['hint']}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message):
+        fail(message.removeprefix("argument "))
+
+
+def nearest(name, names):
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, names, 1, 0.5))
+
+
+def integer(text):
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+CONVERT = {int: integer, float: number, str: str}
+
+
+def make_parser(args_class, doc, defaults):
+    parser = Parser(
+        usage="%(prog)s [--dataset NAME] [options]",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints, shared = typing.get_type_hints(args_class), [field.name for field in dataclasses.fields(Args)]
+    own = parser.add_argument_group("options of the method")
+    common = parser.add_argument_group("options of every script")
+    for field in dataclasses.fields(args_class):
+        hint, default, extra = hints[field.name], defaults[field.name], field.metadata
+        kind, *rest = typing.get_args(hint) or (hint,)  # of `float | None` and `tuple[int, ...]` the first
+        help = extra["help"].replace("%", "%%")
+        if default not in (None, ()) and kind is not bool:
+            help += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+        if kind is bool:
+            keywords = dict(action=argparse.BooleanOptionalAction)
+        else:
+            metavar = "{" + ",".join(extra["choices"]) + "}" if extra["choices"] else kind.__name__.upper()
+            keywords = dict(type=CONVERT[kind], metavar=metavar)
+        if rest == [...]:
+            keywords |= dict(nargs="*")
+        if extra["bare"]:
+            keywords |= dict(nargs="?", const=extra["bare"])
+        group = common if field.name in shared else own
+        group.add_argument(
+            flag(field.name), default=argparse.SUPPRESS, help=help, dest=field.name, **keywords
+        )
+    return parser
+
+
+def build(args_class, recipes, **given):
+    """Args: the values given over the recipe of given["dataset"] over the fields' defaults."""
+    dataset = given.get("dataset", args_class.dataset)
+    if dataset not in recipes:
+        fail(f"--dataset {dataset}: not one of {', '.join(recipes)}{nearest(dataset, recipes)}")
+    return args_class(**{**recipes[dataset], **given})
+
+
+def dashes(word):
+    """--batch_size=8 as --batch-size=8: both spellings are accepted, as the launcher does."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def parse(args_class, recipes, doc, argv=None):
+    """Args from the command line (default: sys.argv). `--help` shows the defaults of the recipe."""
+    words = [dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default=args_class.dataset, nargs="?")
+    dataset = first.parse_known_args(words)[0].dataset
+    defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
+    parser = make_parser(args_class, doc, {**defaults, **recipes.get(dataset, {}), "dataset": dataset})
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        near = nearest(unknown[0], parser._option_string_actions)
+        fail(f"{unknown[0]}: no such option{near or '; --help lists them all'}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    return build(args_class, recipes, **given)

@@ -1,0 +1,496 @@
+"""Long-tailed data sets, their samplers and loaders.
+
+`load(args)` gives (train, test). Two ways through, one interface: `for images, labels in loader` yields
+normalised float32 images [B, C, H, W] and labels [B] on the device. Small images live in memory on the
+device, where a batch is one index operation; large ones are decoded and augmented by worker processes.
+
+An item asked for by its index comes plain; asked for by (index, augmentation seed), as the samplers do,
+it comes augmented, and that seed alone decides how.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from accelerate import PartialState
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import v2
+
+from common import cli
+
+# --------------------------------------------------------------------------------------- long-tailed subsets
+
+
+def long_tail_counts(largest, num_classes, imbalance):
+    """Images per class k = 0..K-1: int(largest * (1/imbalance)^(k/(K-1))), truncated, in this very form."""
+    return [int(largest * (1 / imbalance) ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
+
+
+def long_tail_subset(labels, counts, seed=0):
+    """Positions of counts[k] images of each class k, drawn at random, grouped by class. labels [N].
+
+    The draws are those of the released LDAM-DRW code, so a CIFAR subset is image for image the published one:
+    legacy NumPy generator, classes ascending, each class's ascending positions shuffled, the first ones kept.
+    """
+    labels, generator, kept = np.asarray(labels), np.random.RandomState(seed), []
+    for k, count in enumerate(counts):
+        positions = np.flatnonzero(labels == k)
+        generator.shuffle(positions)
+        kept.append(positions[:count])
+    return np.concatenate(kept)
+
+
+def cut(labels, num_classes, imbalance, largest=None):
+    """Positions of the exponential cut of `labels` [N]; `largest` is n_0, by default the largest class."""
+    available = np.bincount(labels, minlength=num_classes)
+    counts = np.array(long_tail_counts(largest or available.max(), num_classes, imbalance))
+    if (counts == 0).any():
+        cli.fail(f"--imbalance {imbalance:g}: leaves a class without an image; at most {counts[0]} here")
+    return long_tail_subset(labels, np.minimum(counts, available))  # MNIST's class 0 has less than n_0
+
+
+# -------------------------------------------------------------------------------------------------- samplers
+
+
+def epoch_seed(seed, epoch, stream=0):
+    """A 64-bit seed that is a pure function of (seed, epoch, stream)."""
+    return int(np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)[0])
+
+
+class EpochSampler(Sampler):
+    """One epoch of (index, augmentation seed): a permutation, or by `weights` [N] N draws with replacement.
+
+    A pure function of (seed, epoch, stream): equal on all processes, and a resumed run repeats it.
+    Samplers of one run take different streams.
+    """
+
+    def __init__(self, dataset, seed, stream=0, weights=None):
+        self.size, self.seed, self.stream, self.epoch = len(dataset), seed, stream, 0
+        self.cumulative = None if weights is None else torch.as_tensor(weights, dtype=torch.float64).cumsum(0)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.size
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch, self.stream))
+        if self.cumulative is None:
+            indices = torch.randperm(self.size, generator=generator)
+        else:  # by inversion; torch.multinomial stops at 2^24 images
+            draws = torch.rand(self.size, dtype=torch.float64, generator=generator) * self.cumulative[-1]
+            indices = torch.searchsorted(self.cumulative, draws, right=True).clamp(max=self.size - 1)
+        seeds = torch.randint(2**62, (self.size,), generator=generator)
+        return zip(indices.tolist(), seeds.tolist(), strict=True)
+
+
+class PairSampler(Sampler):
+    """Two samplers side by side, for `Pairs`: items (first, second), or (first, None) where none is wanted.
+
+    `wanted(epoch)` tells for each batch of `batch_size` whether it needs the second (default: all do), so
+    that nothing is loaded in vain. `second` may be None.
+    """
+
+    def __init__(self, first, second, batch_size=1, wanted=None):
+        self.first, self.second, self.batch_size, self.wanted = first, second, batch_size, wanted
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        for sampler in (self.first, self.second):
+            if sampler is not None:
+                sampler.set_epoch(epoch)
+
+    def __len__(self):
+        return len(self.first)
+
+    def __iter__(self):
+        wanted = self.wanted(self.epoch) if self.wanted else [True] * len(self)
+        for i, (first, second) in enumerate(zip(self.first, self.second or [None] * len(self), strict=True)):
+            batch = i // self.batch_size  # an incomplete last one is dropped by the loader
+            yield first, second if batch < len(wanted) and wanted[batch] else None
+
+
+class Pairs(Dataset):
+    """`dataset` read by a PairSampler. A batch is ((images, labels), (images, labels) or None)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitems__(self, items):
+        first, second = zip(*items, strict=True)
+        return self.dataset.__getitems__(first), second[0] and self.dataset.__getitems__(second)
+
+
+# -------------------------------------------------------------------------------------- the two ways through
+
+
+class LabelledImages(Dataset):
+    """labels [N], class_counts [K] of the TRAINING images, class_names [K], num_classes, shape (C, H, W)."""
+
+    def __init__(self, labels, class_counts, class_names, shape, mean, std):
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.class_counts = torch.as_tensor(class_counts, dtype=torch.int64)
+        self.class_names, self.num_classes, self.shape = class_names, len(class_names), shape
+        self.mean = 255 * torch.tensor(mean).view(-1, 1, 1)  # of the stored pixels, 0 to 255
+        self.std = 255 * torch.tensor(std).view(-1, 1, 1)
+
+    def __len__(self):
+        return len(self.labels)
+
+
+class ImagesInMemory(LabelledImages):
+    """uint8 images [N, C, H, W] on `device`; augmented by a crop after zero `padding` and a flip."""
+
+    workers = 0
+
+    def __init__(self, images, labels, *facts, padding=0, flip=False, device="cpu"):
+        super().__init__(labels, *facts)
+        size, padded = images.shape[-1], F.pad(images, (padding,) * 4).to(device)
+        # A view of all crops of all images: [N, 2 * padding + 1, 2 * padding + 1, C, H, W].
+        self.crops = padded.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
+        self.padding, self.flip, self.device_labels = padding, flip, self.labels.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+
+    def __getitems__(self, items):
+        indices = torch.tensor(items).to(self.device_labels.device, non_blocking=True)
+        if indices.ndim == 1:
+            images = self.crops[indices, self.padding, self.padding]
+        else:
+            (indices, seeds), side = indices.unbind(1), 2 * self.padding + 1
+            images = self.crops[indices, seeds % side, seeds // side % side]
+            if self.flip:
+                flipped = (seeds // side**2 % 2 == 1).view(-1, 1, 1, 1)
+                images = torch.where(flipped, images.flip(-1), images)
+        return images.float().sub_(self.mean).div_(self.std), self.device_labels[indices]
+
+
+class ImageFiles(LabelledImages):
+    """Images decoded from files; augmented by a random resized crop, a flip and maybe colour jitter."""
+
+    def __init__(self, root, paths, labels, *facts, color_jitter=0.0, workers=2):
+        super().__init__(labels, *facts)
+        self.root, self.workers, size = root, workers, self.shape[-1]
+        self.paths = np.array([os.fsencode(path) for path in paths])  # one block: workers do not copy it
+        jitter = [v2.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
+        self.augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *jitter])
+        self.centre = v2.Compose([v2.Resize(round(size / 0.875)), v2.CenterCrop(size)])
+
+    def __getitems__(self, items):
+        images, indices = [], []
+        for item in items:
+            index, seed = item if isinstance(item, tuple) else (item, None)
+            try:
+                image = read_image(os.path.join(self.root, os.fsdecode(self.paths[index])))
+            except OSError as e:
+                return RawBatch(error=str(e))  # told in one line by the training process
+            if seed is None:
+                image = self.centre(image)
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    image = self.augment(image)
+            images.append(v2.functional.pil_to_tensor(image))
+            indices.append(index)
+        return RawBatch(torch.stack(images), self.labels[indices], self.mean, self.std)
+
+
+class RawBatch:
+    """uint8 images and labels on their way from a worker; to(device) gives normalised (images, labels)."""
+
+    def __init__(self, images=None, labels=None, mean=None, std=None, error=None):
+        self.images, self.labels, self.mean, self.std, self.error = images, labels, mean, std, error
+
+    def pin_memory(self):
+        if not self.error:
+            self.images, self.labels = self.images.pin_memory(), self.labels.pin_memory()
+        return self
+
+    def to(self, device, non_blocking=False):
+        if self.error:
+            cli.fail(self.error, here=True)
+        images = self.images.to(device, non_blocking=non_blocking, memory_format=torch.channels_last)
+        images = images.float().sub_(self.mean.to(device)).div_(self.std.to(device))
+        return images, self.labels.to(device, non_blocking=non_blocking)
+
+
+def read_image(path):
+    """RGB PIL image; grey, palette, transparent and CMYK files are converted. OSError names the file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise OSError(f"{path}: no such image; check --data-dir and the list") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL's on broken files
+        raise OSError(f"{path}: not readable as an image ({e}); replace it or take it off the list") from None
+
+
+def loader_options(dataset):
+    """Keywords for a DataLoader of `dataset`, which hands out whole batches: there is nothing to collate."""
+    pin = dataset.workers > 0 and torch.cuda.is_available()
+    return dict(num_workers=dataset.workers, pin_memory=pin, collate_fn=whole_batch)
+
+
+def whole_batch(batch):
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------- the data sets
+
+CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INAT_STATISTICS = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
+TORCHVISION = {  # class, folder of its files, images of the largest class before the cut
+    "mnist_lt": (torchvision.datasets.MNIST, "MNIST/raw", 6000),
+    "fashion_mnist_lt": (torchvision.datasets.FashionMNIST, "FashionMNIST/raw", 6000),
+    "cifar10_lt": (torchvision.datasets.CIFAR10, "cifar-10-batches-py", 5000),
+    "cifar100_lt": (torchvision.datasets.CIFAR100, "cifar-100-python", 500),
+}
+LISTS = {  # training list, test list, classes, statistics
+    "imagenet_lt": ("ImageNet_LT_train.txt", "ImageNet_LT_test.txt", 1000, IMAGENET_STATISTICS),
+    "places_lt": ("Places_LT_train.txt", "Places_LT_test.txt", 365, IMAGENET_STATISTICS),
+    "inat2017": ("train2017.json", "val2017.json", 5089, INAT_STATISTICS),
+    "inat2018": ("train2018.json", "val2018.json", 8142, INAT_STATISTICS),
+}
+NAMES = ("synthetic", *TORCHVISION, *LISTS, "image_folder", "image_list")
+IN_MEMORY_SIZE = 64  # images up to this side are kept in memory
+
+
+def load(args):
+    """(train, test) of args.dataset. Stops with one line where something is missing or wrong."""
+    if args.dataset not in NAMES:
+        cli.fail(f"--dataset {args.dataset}: must be one of {', '.join(NAMES)}")
+    if args.dataset == "synthetic":
+        train, test = load_synthetic(args)
+    else:
+        train, test = load_torchvision(args) if args.dataset in TORCHVISION else load_files(args)
+    if args.batch_size > len(train):
+        cli.fail(
+            f"--batch-size {args.batch_size}: there are only {len(train)} training images; use a smaller one"
+        )
+    counts = f"{train.num_classes} classes of {train.class_counts.min()} to {train.class_counts.max()}"
+    cli.say(f"{args.dataset}: {len(train)} training images in {counts}, {len(test)} test images")
+    return train, test
+
+
+def in_memory(train, test, class_names, statistics, **augmentation):
+    """(train, test) from (images [N, C, H, W] uint8, labels) of each, on the device of this process."""
+    counts = np.bincount(train[1], minlength=len(class_names))
+    facts = counts, class_names, tuple(train[0].shape[1:]), *statistics
+    device = PartialState().device
+    return tuple(ImagesInMemory(*part, *facts, **augmentation, device=device) for part in (train, test))
+
+
+def load_torchvision(args):
+    """MNIST-style sets come without augmentation and normalisation, the CIFARs with both."""
+    (make, folder, largest), root = TORCHVISION[args.dataset], Path(args.data_dir)
+    with PartialState().main_process_first():
+        try:
+            train, test = (make(root, train=part) for part in (True, False))
+        except RuntimeError:  # not there
+            try:
+                train, test = (make(root, train=part, download=True) for part in (True, False))
+            except Exception as e:  # a download fails in many ways
+                cli.fail(f"--data-dir {root}: {folder} is not complete there and cannot be downloaded ({e})")
+    labels = np.asarray(train.targets)
+    kept = cut(labels, len(train.classes), args.imbalance or 1, largest)
+    images, test_images = torch.as_tensor(train.data[kept]), torch.as_tensor(test.data)
+    if images.ndim == 3:
+        parts = (images[:, None], labels[kept]), (test_images[:, None], test.targets)
+        return in_memory(*parts, train.classes, ((0.0,), (1.0,)))
+    parts = (images.permute(0, 3, 1, 2), labels[kept]), (test_images.permute(0, 3, 1, 2), test.targets)
+    return in_memory(*parts, train.classes, CIFAR_STATISTICS, padding=4, flip=True)
+
+
+def load_files(args):
+    """Folders or lists. Images of a small --image-size, or small and square ones, go to memory."""
+    root = Path(args.data_dir)
+    if not root.is_dir():
+        cli.fail(
+            f"--data-dir {root}: no such folder; it should hold the images of {args.dataset} (README: Data)"
+        )
+    read = read_folders if args.dataset == "image_folder" else read_lists
+    names, statistics, (paths, labels), (test_paths, test_labels) = read(root, args)
+    missing = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if len(missing):
+        cli.fail(
+            f"--data-dir {root}: class {names[missing[0]]} has no training image; add some or take it out"
+        )
+    if args.imbalance:
+        if args.dataset in LISTS:
+            cli.fail(f"--imbalance {args.imbalance:g}: {args.dataset} is a fixed list; leave the option out")
+        kept = cut(labels, len(names), args.imbalance)
+        paths, labels = [paths[i] for i in kept], labels[kept]
+    size = args.image_size or native_size(root / paths[0])
+    if size <= IN_MEMORY_SIZE:
+        parts = (read_all(root, paths, size), labels), (read_all(root, test_paths, size), test_labels)
+        return in_memory(*parts, names, statistics, padding=size // 8, flip=True)
+    facts = np.bincount(labels), names, (3, size, size), *statistics
+    options = dict(color_jitter=args.color_jitter, workers=args.num_workers)
+    parts = (paths, labels), (test_paths, test_labels)
+    return tuple(ImageFiles(root, *part, *facts, **options) for part in parts)
+
+
+def native_size(path):
+    """The side of a small square image, else 224."""
+    try:
+        width, height = read_image(path).size
+    except OSError as e:
+        cli.fail(e)
+    return width if width == height <= IN_MEMORY_SIZE else 224
+
+
+def read_all(root, paths, size):
+    """uint8 tensor [N, 3, size, size]; other images are resized by the short side, then centre-cropped."""
+    fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+
+    def read(path):
+        image = read_image(root / path)
+        return v2.functional.pil_to_tensor(image if image.size == (size, size) else fit(image))
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(read, paths)))
+    except OSError as e:
+        cli.fail(e)
+
+
+def read_folders(root, args):
+    """(class names, statistics, (train paths, labels), (test paths, labels)) of train/ and test/ or val/."""
+    parts = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
+    classes = []
+    for part in parts:
+        if not part.is_dir():
+            cli.fail(
+                f"--data-dir {root}: needs train/CLASS/ and test/CLASS/ (or val/CLASS/); there is no {part}"
+            )
+        classes.append(sorted(entry.name for entry in part.iterdir() if entry.is_dir()))
+        if not classes[-1]:
+            cli.fail(f"{part}: holds no class folder; put the images into {part}/CLASS/")
+    for here, there in ((0, 1), (1, 0)):
+        lacking = sorted(set(classes[here]) - set(classes[there]))
+        if lacking:
+            cli.fail(
+                f"{parts[there]}: lacks {len(lacking)} classes of {parts[here]}: {', '.join(lacking[:3])}"
+            )
+    listed = []
+    for part in parts:
+        files = [sorted(f.name for f in (part / name).iterdir() if f.name[0] != ".") for name in classes[0]]
+        paths = [
+            f"{part.name}/{name}/{file}" for name, of in zip(classes[0], files, strict=True) for file in of
+        ]
+        listed.append((paths, np.repeat(np.arange(len(files)), [len(of) for of in files])))
+    return classes[0], IMAGENET_STATISTICS, *listed
+
+
+def read_lists(root, args):
+    """The same of two list files, or of a competition's two JSON files."""
+    *defaults, classes, statistics = LISTS.get(args.dataset, (None, None, None, IMAGENET_STATISTICS))
+    listed = []
+    for option, file, default in zip(
+        ("--train-list", "--test-list"), (args.train_list, args.test_list), defaults, strict=True
+    ):
+        if not (file or default):
+            cli.fail(f"{option}: {args.dataset} needs it, a file of `relative/path label` lines")
+        file = Path(file or root / default)
+        if not file.is_file():
+            cli.fail(f"{option} {file}: no such list file; put it there or name another one")
+        listed.append(read_list(file, classes))
+        classes = classes or int(listed[0][1].max()) + 1
+    return [str(k) for k in range(classes)], statistics, *listed
+
+
+def read_list(file, classes=None):
+    """(paths, labels [N]) of a list file; labels are in 0..classes-1."""
+    file, paths, labels = Path(file), [], []
+    if file.suffix == ".json":
+        content = json.loads(file.read_text())
+        label_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
+        entries = [(e["id"], [e["file_name"], label_of.get(e["id"], "none")]) for e in content["images"]]
+    else:
+        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        entries = [(number, line.rsplit(maxsplit=1)) for number, line in lines if line.strip()]
+    for number, (path, *label) in entries:
+        try:
+            labels.append(int(label[0]))
+            paths.append(path.strip())
+        except (IndexError, ValueError):
+            cli.fail(f"{file}:{number}: no label after {path!r}; a line is `relative/path label`")
+        if labels[-1] < 0 or (classes and labels[-1] >= classes):
+            allowed = f"0 to {classes - 1}" if classes else "0 and up"
+            cli.fail(f"{file}:{number}: label {labels[-1]} is out of range; labels are {allowed}")
+    if not paths:
+        cli.fail(f"{file}: names no image; a line is `relative/path label`")
+    return paths, np.array(labels)
+
+
+# ----------------------------------------------------------------------------------------- the synthetic set
+
+SHAPES = {  # the inside of each shape in its own coordinates: u to the right, v down, r the radius
+    "disk": lambda u, v, r: r < 0.9,
+    "square": lambda u, v, r: torch.maximum(u.abs(), v.abs()) < 0.8,
+    "plus": lambda u, v, r: (torch.minimum(u.abs(), v.abs()) < 0.3) & (r < 1.05),
+    "ring": lambda u, v, r: (r > 0.55) & (r < 1.05),
+    "triangle": lambda u, v, r: (v < 0.75) & (2 * u.abs() - v < 0.9),
+    "flat bar": lambda u, v, r: (u.abs() < 1.05) & (v.abs() < 0.4),
+    "cross": lambda u, v, r: (torch.minimum((u + v).abs(), (u - v).abs()) < 0.42) & (r < 1.05),
+    "frame": lambda u, v, r: (torch.maximum(u.abs(), v.abs()) - 0.7).abs() < 0.2,
+    "tall bar": lambda u, v, r: (v.abs() < 1.05) & (u.abs() < 0.4),
+    "diamond": lambda u, v, r: u.abs() + v.abs() < 1.1,
+}
+
+
+def draw_synthetic(labels, contexts, seed, size=24):
+    """uint8 images [N, 3, size, size]: shape labels[i], in any colour and place, on background contexts[i].
+
+    A context is a hue with stripes of its own direction. labels, contexts [N] in 0..9.
+    """
+    generator, n = torch.Generator().manual_seed(seed), len(labels)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
+
+    def hue(turns):  # [N, 1, 1] -> RGB [N, 3, 1, 1] in 0..1
+        return 0.5 + 0.5 * torch.cos(2 * torch.pi * (turns[:, None] - torch.arange(3).view(3, 1, 1) / 3))
+
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
+    turns = contexts.view(-1, 1, 1) / 10
+    along = x * torch.cos(torch.pi * turns) + y * torch.sin(torch.pi * turns)
+    stripes = torch.cos(10 * along + uniform(0, 2 * torch.pi))[:, None]
+    background = (0.4 + 0.2 * stripes) * hue(turns + uniform(-0.02, 0.02)) + 0.1
+    angle, radius = uniform(-0.2, 0.2), uniform(0.6, 0.85)  # radians, half images
+    dx, dy = x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2)
+    u = (dx * torch.cos(angle) + dy * torch.sin(angle)) / radius
+    v = (dy * torch.cos(angle) - dx * torch.sin(angle)) / radius
+    shapes = torch.stack([inside(u, v, (u**2 + v**2).sqrt()) for inside in SHAPES.values()])
+    colour = uniform(0.7, 1.0, 1) * hue(uniform(0, 1))
+    images = torch.where(shapes[labels, torch.arange(n)][:, None], colour, background)
+    images = images + 0.08 * torch.randn(images.shape, generator=generator)
+    return (255 * images.clamp(0, 1)).to(torch.uint8)
+
+
+def load_synthetic(args):
+    """A class of n training images occurs in n/10 of the 10 contexts, a tail class in one; the test in all.
+
+    300 images of class 0 down to 300 / imbalance of class 9; 1,000 test images, 10 per class and context.
+    """
+    everything = np.repeat(np.arange(10), 300)
+    labels = torch.from_numpy(everything[cut(everything, 10, args.imbalance or 1)])
+    counts = torch.bincount(labels)
+    rank = torch.cat([torch.arange(n) for n in counts])  # of an image in its class
+    contexts = (labels + rank % (counts // 10).clamp(1, 10)[labels]) % 10
+    cells = torch.arange(1000)
+    test_labels, test_contexts = cells // 100, cells % 10
+    train = draw_synthetic(labels, contexts, seed=0), labels.numpy()
+    test = draw_synthetic(test_labels, test_contexts, seed=1), test_labels.numpy()
+    return in_memory(train, test, list(SHAPES), ((0.5,) * 3, (0.25,) * 3), padding=2, flip=True)

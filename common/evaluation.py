@@ -1,0 +1,59 @@
+"""Accuracy on the test set, exact over any number of processes, by many-, medium- and few-shot classes."""
+
+import torch
+
+
+def split_classes(class_counts, many_over=100, few_under=20):
+    """{"many", "medium", "few": bool [K]} by training images: over many_over, between, under few_under."""
+    counts = torch.as_tensor(class_counts)
+    many, few = counts > many_over, counts < few_under
+    return {"many": many, "medium": ~many & ~few, "few": few}
+
+
+def calibration_error(confidences, correct, bins=15):
+    """Expected calibration error in percent, over equal bins of confidence. confidences [N], correct [N]."""
+    bin_of = (confidences * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(
+        0, bin_of, correct.double() - confidences.double()
+    )
+    return 100 * gap.abs().sum().item() / len(correct)
+
+
+def summarize(labels, top, confidences, class_counts, many_over=100, few_under=20):
+    """A result's numbers: top-1 accuracy in percent, over all images and averaged over each split's classes.
+
+    labels [N], top [N, 5] best first (narrower where there are fewer classes), confidences [N]. A split or
+    class without test images is None.
+    """
+    num_classes, correct = len(class_counts), top[:, 0] == labels
+    hits = torch.bincount(labels[correct], minlength=num_classes).double()
+    totals = torch.bincount(labels, minlength=num_classes)
+    per_class, tested = 100 * hits / totals.clamp(min=1), totals > 0
+    result = {"all": 100 * correct.double().mean().item()}
+    for name, classes in split_classes(class_counts, many_over, few_under).items():
+        result[name] = per_class[classes & tested].mean().item() if (classes & tested).any() else None
+    result["top5"] = 100 * (top == labels[:, None]).any(1).double().mean().item()
+    result["ece"] = calibration_error(confidences, correct)
+    result["per_class"] = [
+        value if seen else None for value, seen in zip(per_class.tolist(), tested.tolist(), strict=True)
+    ]
+    return result
+
+
+@torch.no_grad()
+def predict(accelerator, model, loader):
+    """(labels [N], best classes [N, 5], confidence of the best [N]) of every test image once, on the CPU."""
+    model.eval()
+    parts = []
+    for images, labels in loader:
+        logits = model(images).float()
+        confidences, top = logits.softmax(1).topk(min(5, logits.shape[1]))
+        parts.append(accelerator.gather_for_metrics((labels, top, confidences[:, 0])))
+    model.train()
+    return [torch.cat(part).cpu() for part in zip(*parts, strict=True)]
+
+
+def per_split(accelerator, model, loader, class_counts, args):
+    """`summarize` of the model on the prepared `loader`; class_counts [K] of the training set."""
+    labels, top, confidences = predict(accelerator, model, loader)
+    return summarize(labels, top, confidences, class_counts.cpu(), args.many_over, args.few_under)

@@ -1,0 +1,148 @@
+"""Networks: CIFAR ResNets, torchvision's ImageNet ResNets, LeNet, and the linear and cosine classifiers.
+
+Every network has feature_map(images) -> [B, D, h, w], features(images) -> [B, D] and
+classifier(features) -> [B, K]; forward(images) is classifier(features(images)).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet
+
+from common import cli
+
+
+class CosineClassifier(nn.Module):
+    """scale * cosine of feature and class weight, [B, D] -> [B, K]; weight [D, K], at first unit columns."""
+
+    def __init__(self, in_features, num_classes, scale):
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(F.normalize(torch.empty(in_features, num_classes).uniform_(-1, 1), dim=0))
+
+    def forward(self, features):
+        return self.scale * F.normalize(features, dim=1) @ F.normalize(self.weight, dim=0)
+
+
+class Network(nn.Module):
+    """Backbone, global average pooling and classifier in one."""
+
+    def __init__(self, backbone, classifier):
+        super().__init__()
+        self.backbone, self.classifier = backbone, classifier
+
+    def feature_map(self, images):
+        return self.backbone(images)
+
+    def features(self, images):
+        return self.feature_map(images).mean((2, 3))
+
+    def forward(self, images):
+        return self.classifier(self.features(images))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; shortcut "option A", without parameters: every second pixel, zero channels."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.padding = stride, (channels - in_channels) // 2
+
+    def forward(self, x):
+        shortcut = x
+        if self.stride > 1 or self.padding:
+            shortcut = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding)
+            )
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+
+
+def cifar_backbone(depth, channels):
+    """3x3 stem of 16 channels, then 3 stages of (depth - 2) / 6 blocks with 16, 32, 64 channels."""
+    layers = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    width = 16
+    for stage_width, stride in ((16, 1), (32, 2), (64, 2)):
+        for i in range((depth - 2) // 6):
+            layers.append(BasicBlock(width, stage_width, stride if i == 0 else 1))
+            width = stage_width
+    return nn.Sequential(*layers)
+
+
+class LeNet(Network):
+    """LeNet with a 2-dimensional feature, so that features can be drawn. Made for 28x28 images."""
+
+    def __init__(self, channels, size, classifier):
+        conv = [
+            nn.Conv2d(channels, 6, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+        ]
+        super().__init__(nn.Sequential(*conv, nn.MaxPool2d(2)), classifier)
+        flat = 16 * ((size // 2 - 4) // 2) ** 2
+        self.neck = nn.Sequential(
+            nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 2)
+        )
+
+    def features(self, images):
+        return self.neck(self.feature_map(images).flatten(1))
+
+
+IMAGENET = {  # block, blocks per stage, width of the bottleneck
+    "resnet10": (resnet.BasicBlock, [1, 1, 1, 1], 64),
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2], 64),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3], 64),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3], 64),
+    "resnet152": (resnet.Bottleneck, [3, 8, 36, 3], 64),
+    "wide_resnet50_2": (resnet.Bottleneck, [3, 4, 6, 3], 128),
+}
+CIFAR = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56)}
+NAMES = (*CIFAR, *IMAGENET, "lenet")
+
+
+def imagenet_backbone(arch, channels):
+    block, blocks, width = IMAGENET[arch]
+    net = resnet.ResNet(block, blocks, width_per_group=width)
+    if channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    stages = (net.layer1, net.layer2, net.layer3, net.layer4)
+    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages), net.fc.in_features
+
+
+def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None):
+    """The network `arch` for images of `shape` (C, H, W); `seed` alone decides its first weights.
+
+    CIFAR ResNets and LeNet: kaiming-normal convolutions and linear layers. ImageNet ResNets: torchvision's.
+    cosine: the scale of a CosineClassifier (LDAM), which then replaces the linear one.
+    """
+    if arch not in NAMES:
+        cli.fail(f"--arch {arch}: must be one of {', '.join(NAMES)}")
+    channels, size, _ = shape
+
+    def make_classifier(width, num_classes):
+        return CosineClassifier(width, num_classes, cosine) if cosine else nn.Linear(width, num_classes)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if arch in IMAGENET:
+            backbone, width = imagenet_backbone(arch, channels)
+            return Network(backbone, make_classifier(width, num_classes)).to(
+                memory_format=torch.channels_last
+            )
+        if arch == "lenet":
+            net = LeNet(channels, size, make_classifier(2, num_classes))
+        else:
+            net = Network(cifar_backbone(CIFAR[arch], channels), make_classifier(64, num_classes))
+        for module in net.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)
+        return net
+
+
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,313 @@
+"""A run: its output folder, seeds, log, checkpoints and result.
+
+OUTPUT/args.json          the options
+OUTPUT/metrics.jsonl      one line per epoch
+OUTPUT/checkpoint/        epoch_NNNN.pt with its manifest epoch_NNNN.json; the last two are kept
+OUTPUT/result.json        the result of the last epoch
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import torch
+import torchvision
+from tqdm import tqdm
+
+from common import cli
+from common.datasets import epoch_seed
+
+NOT_COMPARED = ("output_dir", "data_dir", "resume", "overwrite", "num_workers")  # may change on resuming
+CHECK_EVERY = 100  # steps between two looks at the loss
+ACCURACIES = ("all", "many", "medium", "few")
+
+
+def start(accelerator, args):
+    """The Run of `args`. Refuses, before anything is read or written, what cannot work."""
+    processes = accelerator.num_processes
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and processes == 1:
+        cli.fail(
+            f"{started} processes were started but each sees 1; set ACCELERATE_USE_CPU=true before torchrun"
+        )
+    if args.batch_size % processes:
+        lower = args.batch_size // processes * processes
+        near = f"{lower} or {lower + processes}" if lower else str(processes)
+        cli.fail(f"--batch-size {args.batch_size}: not a multiple of {processes} processes; use {near}")
+    late = " ".join(str(step) for step in args.lr_steps if step >= args.epochs)
+    if late:
+        cli.say(f"note: --lr-steps {late}: not before the end of --epochs {args.epochs}, so without effect")
+    return Run(accelerator, args)
+
+
+class Run:
+    """What a loop tells and asks: first_epoch, track, begin_epoch, steps, record, end_epoch, finish."""
+
+    def __init__(self, accelerator, args):
+        self.accelerator, self.args, self.main = accelerator, args, accelerator.is_main_process
+        self.script = Path(sys.modules[type(args).__module__].__file__).name
+        name = [args.dataset, *([f"{args.imbalance:g}"] if args.imbalance else []), str(args.seed)]
+        self.folder = Path(args.output_dir or Path("runs", Path(self.script).stem, "_".join(name)))
+        self.files = [self.folder / name for name in ("args.json", "metrics.jsonl", "result.json")]
+        self.history, self.per_class, self.tracked, self.recorded = [], None, {}, {}
+        self.checkpoint = self.look()
+        self.first_epoch = self.checkpoint["epoch"] + 1 if self.checkpoint else 0
+        accelerator.wait_for_everyone()  # all processes have looked before the first one writes
+
+    # -------------------------------------------------------------------------------- folder and checkpoint
+
+    def look(self):
+        """The checkpoint to go on from, or None for a new run; refuses a folder that fits neither."""
+        args, folder = self.args, self.folder
+        if args.resume == "no":
+            if not args.overwrite and any(file.exists() for file in self.files):
+                cli.fail(
+                    f"--output-dir {folder}: in use; add --resume to go on or --overwrite to delete its run"
+                )
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            if not (there.is_dir() and os.access(there, os.W_OK)):
+                cli.fail(
+                    f"--output-dir {folder}: {there} is not a folder that can be written; name another one"
+                )
+            return None
+        checkpoint = load_checkpoint(folder / "checkpoint")
+        if checkpoint is None:
+            if args.resume == "yes":
+                cli.fail(
+                    f"--resume: no checkpoint in {folder}; --resume auto starts a new run where there is none"
+                )
+            return None
+        then, now = checkpoint, self.facts()
+        if then["script"] != now["script"]:
+            cli.fail(f"--resume: the run in {folder} is of {then['script']}; name another --output-dir")
+        differing = [
+            k for k in now["args"] if k not in NOT_COMPARED and then["args"].get(k) != now["args"][k]
+        ]
+        if differing:
+            lines = [f"{cli.flag(k)} {now['args'][k]}: the run has {then['args'].get(k)}" for k in differing]
+            cli.fail(*[f"{line}; give that to resume {folder}, or another --output-dir" for line in lines])
+        if then["num_processes"] != now["num_processes"]:
+            cli.say(f"note: from {then['num_processes']} processes to {now['num_processes']}, same batches")
+        self.history, self.per_class = checkpoint["history"], checkpoint["per_class"]
+        return checkpoint
+
+    def facts(self):
+        args = json.loads(json.dumps(dataclasses.asdict(self.args)))  # tuples become lists, as in a file
+        return {"script": self.script, "args": args, "num_processes": self.accelerator.num_processes}
+
+    def track(self, **objects):
+        """Name the objects (model, optimizer, ...) of checkpoints; make the folder, or load what it holds."""
+        if self.accelerator.scaler is not None:
+            objects["scaler"] = self.accelerator.scaler
+        for name, thing in objects.items():
+            is_module = isinstance(thing, torch.nn.Module)
+            thing = self.accelerator.unwrap_model(thing, keep_torch_compile=False) if is_module else thing
+            self.tracked[name] = thing
+            if self.checkpoint:
+                thing.load_state_dict(self.checkpoint["state"][name])
+        if self.checkpoint:
+            cli.say(f"resumed {self.folder} after epoch {self.first_epoch}")
+        elif self.main:
+            try:
+                (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+                for file in (*self.files, *(self.folder / "checkpoint").glob("epoch_*")):
+                    file.unlink(missing_ok=True)
+                write_file(self.files[0], json.dumps(self.facts()["args"], indent=1))
+            except OSError as e:
+                cli.fail(f"--output-dir {self.folder}: cannot be written ({e.strerror})")
+        self.checkpoint = None  # frees its memory
+
+    # --------------------------------------------------------------------------------------------- an epoch
+
+    def begin_epoch(self, epoch, *loaders):
+        """Seed everything from (seed, epoch), so that a resumed run repeats the unbroken one."""
+        self.epoch, self.begun, self.recorded = epoch, time.perf_counter(), {}
+        seed = epoch_seed(self.args.seed, epoch, stream=99)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        for loader in loaders:
+            loader.set_epoch(epoch)
+
+    def steps(self, loader):
+        """The batches of `loader`, with a progress bar on a terminal and now and then a look at the loss."""
+        label = f"epoch {self.epoch + 1}/{self.args.epochs}"
+        bar = tqdm(loader, label, leave=False, disable=not (self.main and sys.stderr.isatty()))
+        for step, batch in enumerate(bar, 1):
+            yield batch
+            if step % CHECK_EVERY == 0 or step == len(loader):
+                self.stats = self.means()
+                bar.set_postfix(loss=f"{self.stats['loss']:.4f}")
+        self.rate = len(loader) * self.args.batch_size / (time.perf_counter() - self.begun)
+
+    def record(self, **values):
+        """Keep this step's scalars, `loss` and any others, on the device; the log gets their means."""
+        for name, value in values.items():
+            self.recorded.setdefault(name, []).append(value.detach().float())
+
+    def means(self):
+        """Means over the epoch's steps and all processes. Stops them all where a value is not finite."""
+        means = {}
+        for name, values in self.recorded.items():
+            values = self.accelerator.reduce(torch.stack(values), reduction="mean").cpu()
+            wrong = (~values.isfinite()).nonzero()
+            if len(wrong):
+                lr, precision = (
+                    self.tracked["optimizer"].param_groups[0]["lr"],
+                    self.accelerator.mixed_precision,
+                )
+                kept = f"the checkpoint of epoch {self.epoch} is kept, " if self.epoch else ""
+                where = f"epoch {self.epoch + 1}, step {wrong[0].item() + 1}"
+                cli.fail(
+                    f"{name} is not finite in {where} (lr {lr:g}, precision {precision}); {kept}lower --lr"
+                )
+            means[name] = values.double().mean().item()
+        return means
+
+    def end_epoch(self, epoch, accuracy):
+        """Log the epoch and write its checkpoint. accuracy: what evaluation.per_split returned."""
+        self.per_class, lr = accuracy.pop("per_class"), self.tracked["optimizer"].param_groups[0]["lr"]
+        line = {"epoch": epoch, "lr": lr, **self.stats, **accuracy, "images_per_second": self.rate}
+        line["seconds"] = time.perf_counter() - self.begun
+        self.history.append(line)
+        shown = " ".join(f"{k} {'-' if line[k] is None else format(line[k], '.2f')}" for k in ACCURACIES)
+        head = f"epoch {epoch + 1}/{self.args.epochs} lr {lr:.3g} loss {line['loss']:.4f}"
+        cli.say(f"{head} {shown} ({line['seconds']:.1f} s)")
+        if self.main:
+            write_file(self.files[1], "".join(json.dumps(line) + "\n" for line in self.history))
+            state = {name: thing.state_dict() for name, thing in self.tracked.items()}
+            content = {**self.facts(), "epoch": epoch, "history": self.history, "per_class": self.per_class}
+            save_checkpoint(self.folder / "checkpoint", epoch, {**content, "state": state})
+
+    # ------------------------------------------------------------------------------------------- the result
+
+    def finish(self):
+        """The result of the last epoch: a dict, one JSON line on stdout, and result.json."""
+        accelerator, args, last, file = self.accelerator, self.args, self.history[-1], self.files[2]
+        if self.first_epoch == args.epochs and file.exists():  # a finished run, resumed
+            result = json.loads(file.read_text())
+        else:
+            result = {k: getattr(args, k) for k in ("dataset", "imbalance", "seed", "epochs")}
+            result = {
+                "script": self.script,
+                **result,
+                **{k: last[k] for k in (*ACCURACIES, "top5", "ece", "loss")},
+            }
+            result |= {
+                "best_on_test": max(line["all"] for line in self.history),
+                "seconds": sum(line["seconds"] for line in self.history),
+                "images_per_second": last["images_per_second"],
+                "peak_memory_gb": peak_memory(accelerator.device) / 1e9,
+                "num_processes": accelerator.num_processes,
+                "device": device_name(accelerator.device),
+                "precision": accelerator.mixed_precision,
+                "versions": {m.__name__: m.__version__ for m in (torch, torchvision, accelerate, np)},
+                "commit": commit(),
+                "weights_sha256": weights_hash(self.tracked["model"]),
+                "args": self.facts()["args"],
+                "per_class": self.per_class,
+            }
+            if self.main:
+                write_file(file, json.dumps(result, indent=1))
+        if self.main:
+            print(json.dumps({k: v for k, v in result.items() if k != "per_class"}), flush=True)
+        accelerator.end_training()
+        return result
+
+
+def weights_hash(model):
+    """SHA-256 over the names and bytes of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def peak_memory(device):
+    """Bytes: of the device where it counts them, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def device_name(device):
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()})"
+    )
+
+
+def commit():
+    """Short hash of the checkout the code is of, with + where files differ from it; None outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_file(path, content):
+    """Write beside, flush to disk, rename: a kill at any moment leaves the old file or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def save_checkpoint(folder, epoch, content):
+    """Write epoch_NNNN.pt, then its manifest (size, SHA-256); then drop all but this and the one before."""
+    tensors = [
+        t for state in content["state"].values() for t in state.values() if isinstance(t, torch.Tensor)
+    ]
+    if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
+        cli.fail(
+            f"epoch {epoch + 1} ended with weights that are not finite; the checkpoint before it is kept"
+        )
+    name, beside = f"epoch_{epoch:04d}", folder / f"epoch_{epoch:04d}.pt.tmp"
+    torch.save(content, beside)
+    digest = file_hash(beside)
+    with open(beside, "rb+") as file:
+        os.fsync(file.fileno())
+    size = beside.stat().st_size
+    os.replace(beside, folder / f"{name}.pt")
+    write_file(folder / f"{name}.json", json.dumps({"size": size, "sha256": digest}))
+    for file in folder.glob("epoch_*"):
+        if int(file.name[6:10]) < epoch - 1:
+            file.unlink()
+
+
+def load_checkpoint(folder):
+    """The newest checkpoint that its manifest confirms, or None. Says so when a newer one is damaged."""
+    for manifest in sorted(folder.glob("epoch_*.json"), reverse=True):
+        file = manifest.with_suffix(".pt")
+        try:
+            facts = json.loads(manifest.read_text())
+            if file.stat().st_size == facts["size"] and file_hash(file) == facts["sha256"]:
+                return torch.load(file, map_location="cpu", weights_only=True)
+            problem = "differs from its manifest"
+        except (OSError, ValueError, KeyError) as e:
+            problem = str(e)
+        cli.say(f"note: {file}: damaged ({problem}); going back to the checkpoint before it")
+    return None
+
+
+def file_hash(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

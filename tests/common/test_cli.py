@@ -1,0 +1,103 @@
+"""common.cli: where a value comes from, and the one line that refuses it."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from common import cli
+from tests.conftest import refusal
+
+RECIPES = {"synthetic": dict(lr=0.3, lr_steps=(2, 3)), "imagenet_lt": dict(lr=0.2, imbalance=None)}
+
+
+@dataclass
+class Args(cli.Args):
+    tau: float = cli.option(1.0, "strength, 100% at 1", least=0, most=2)
+    fast: bool = cli.option(False, "quicker")
+
+
+def parse(line):
+    return cli.parse(Args, RECIPES, "A method.", line.split())
+
+
+def test_default_recipe_command_line():
+    assert parse("").lr == 0.3 and parse("").epochs == 10 and parse("").lr_steps == (2, 3)
+    assert parse("--dataset imagenet_lt").lr == 0.2 and parse("--dataset imagenet_lt").imbalance is None
+    assert parse("--dataset imagenet_lt --lr 0.5").lr == 0.5
+    assert parse("--lr=0.5 --dataset=imagenet_lt").lr == 0.5
+    assert cli.build(Args, RECIPES, dataset="imagenet_lt", tau=0.5) == parse(
+        "--dataset imagenet_lt --tau 0.5"
+    )
+
+
+def test_kinds():
+    args = parse(
+        "--lr-steps 4 5 6 --fast --imbalance 20 --batch_size 8 --train-list a_b.txt --resume --epochs 3"
+    )
+    assert args.lr_steps == (4, 5, 6) and args.fast and args.imbalance == 20.0 and args.batch_size == 8
+    assert args.train_list == "a_b.txt" and args.resume == "yes" and args.epochs == 3
+    assert parse("--lr-steps").lr_steps == () and not parse("--no-fast").fast
+    assert parse("--resume auto").resume == "auto" and parse("").resume == "no"
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        (
+            "--dataset imagnet_lt",
+            "--dataset imagnet_lt: not one of synthetic, imagenet_lt; did you mean imagenet_lt?",
+        ),
+        ("--batchsize 8", "--batchsize: no such option; did you mean --batch-size?"),
+        ("--zzz", "--zzz: no such option; --help lists them all"),
+        ("stray", "stray: no such option; --help lists them all"),
+        ("--batch-size 0", "--batch-size 0: must be at least 1"),
+        ("--epochs 0", "--epochs 0: must be at least 1"),
+        ("--epochs 1.5", "--epochs: '1.5' is not an integer"),
+        ("--lr -1", "--lr -1.0: must be above 0"),
+        ("--lr nan", "--lr nan: must be above 0"),
+        ("--lr inf", "--lr inf: must be finite"),
+        ("--lr much", "--lr: 'much' is not a number"),
+        ("--tau 3", "--tau 3.0: must be at most 2"),
+        (
+            "--imbalance 0.01",
+            "--imbalance 0.01: must be at least 1 (largest class over smallest); write 100 for 1:100",
+        ),
+        (
+            "--imbalance nan",
+            "--imbalance nan: must be at least 1 (largest class over smallest); write 100 for 1:100",
+        ),
+        ("--resume maybe", "--resume maybe: must be one of no, yes, auto"),
+        ("--lr-steps 4 -5", "--lr-steps -5: must be at least 0"),
+        ("--seed", "--seed: expected one argument"),
+    ],
+)
+def test_refusals(line, complaint, capsys):
+    assert refusal(lambda: parse(line), capsys) == complaint
+
+
+def test_direct_use_is_checked_too(capsys):
+    assert refusal(lambda: Args(tau=-1.0), capsys) == "--tau -1.0: must be at least 0"
+
+
+def test_help_shows_the_recipe_of_the_data_set(capsys):
+    for line, shown in (("--help", "(default: 0.3)"), ("--help --dataset imagenet_lt", "(default: 0.2)")):
+        with pytest.raises(SystemExit) as stop:
+            parse(line)
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert (
+            "A method." in text
+            and "100% at 1" in text
+            and shown in text
+            and "(default: 2 3)" in text
+            or line[6:]
+        )
+
+
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        cli.fail("not here")
+    with pytest.raises(SystemExit):
+        cli.fail("on this\none", here=True)
+    assert capsys.readouterr().err == "on this one\n"

@@ -1,0 +1,53 @@
+"""common.compare: one row per set of options, means over seeds, and no silent mixing of data sets."""
+
+import json
+
+from common import compare
+from tests.conftest import refusal
+
+
+def result(seed, value, **args):
+    options = dict(dataset="synthetic", imbalance=100.0, loss="ce", lr=0.1, output_dir=f"x{seed}", seed=seed)
+    accuracies = {"all": value, "many": value + 1, "medium": None, "few": 0.0}
+    args = {**options, **args}
+    return {
+        "script": "cmo.py",
+        **accuracies,
+        "seconds": 60,
+        "peak_memory_gb": 1.5,
+        "commit": "abc",
+        "args": args,
+    }
+
+
+def test_rows():
+    table = compare.rows([result(0, 50.0), result(1, 52.0), result(0, 60.0, loss="bs")])
+    assert table == [
+        ["script", "loss", "all", "many", "medium", "few", "seeds", "minutes", "GB", "commit"],
+        ["cmo.py", "ce", "51.0 +- 1.4", "52.0 +- 1.4", "-", "0.0 +- 0.0", "2", "1.0", "1.5", "abc"],
+        ["cmo.py", "bs", "60.0", "61.0", "-", "0.0", "1", "1.0", "1.5", "abc"],
+    ]
+
+
+def test_files_and_folders(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result(0, 50.0), indent=1))
+    (tmp_path / "more.jsonl").write_text(
+        "\n".join(json.dumps(result(seed, 40.0, loss="bs")) for seed in (0, 1))
+    )
+    compare.main([str(tmp_path / "run"), str(tmp_path / "more.jsonl")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[1].startswith("|---") and "40.0 +- 0.0" in lines[3]
+    compare.main([str(tmp_path / "run"), "--csv"])
+    assert capsys.readouterr().out.splitlines()[1] == "cmo.py,50.0,51.0,-,0.0,1,1.0,1.5,abc"
+
+
+def test_different_data_is_refused(capsys):
+    line = refusal(lambda: compare.rows([result(0, 1.0), result(0, 1.0, imbalance=10.0)]), capsys)
+    assert line == "the runs differ in --imbalance (10.0, 100.0); compare one set at a time"
+
+
+def test_unfinished_runs_are_named(tmp_path, capsys):
+    assert refusal(lambda: compare.read([tmp_path]), capsys).startswith(
+        f"{tmp_path}/result.json: not a finished run"
+    )

@@ -1,0 +1,463 @@
+"""common.datasets: subsets to the image, samplers as laws and as functions of the seed, both ways through."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from common import datasets
+from common.cli import Args
+from tests.conftest import refusal
+
+CIFAR10_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+CIFAR100_100 = """
+500 477 455 434 415 396 378 361 344 328 314 299 286 273 260 248 237 226 216 206 197 188 179 171 163 156
+149 142 135 129 123 118 112 107 102 98 93 89 85 81 77 74 70 67 64 61 58 56 53 51 48 46 44 42 40 38 36 35
+33 32 30 29 27 26 25 24 23 22 21 20 19 18 17 16 15 15 14 13 13 12 12 11 11 10 10 9 9 8 8 7 7 7 6 6 6 6 5
+5 5 5"""
+MNIST_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+
+
+# Subsets
+
+
+def test_counts_of_the_cifars():
+    assert datasets.long_tail_counts(5000, 10, 100) == CIFAR10_100
+    assert datasets.long_tail_counts(5000, 10, 50) == [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
+    assert datasets.long_tail_counts(5000, 10, 10) == [
+        5000,
+        3871,
+        2997,
+        2320,
+        1796,
+        1391,
+        1077,
+        834,
+        645,
+        500,
+    ]
+    assert datasets.long_tail_counts(5000, 10, 200) == [5000, 2775, 1540, 854, 474, 263, 146, 81, 45, 25]
+    assert datasets.long_tail_counts(500, 100, 100) == [int(n) for n in CIFAR100_100.split()]
+    totals = {ratio: sum(datasets.long_tail_counts(500, 100, ratio)) for ratio in (10, 20, 50, 100, 200)}
+    assert totals == {10: 19573, 20: 15907, 50: 12608, 100: 10847, 200: 9502}
+    assert datasets.long_tail_counts(500, 100, 10)[-1] == 50  # 49 with the root taken first
+    assert datasets.long_tail_counts(500, 100, 50)[-1] == 10
+    assert datasets.long_tail_counts(7, 1, 100) == [7]
+
+
+@pytest.mark.parametrize(
+    "per_class, imbalance, first",
+    [
+        (
+            [500] * 100,
+            100,
+            {0: [90, 254, 283, 445, 461], 1: [277, 307, 436, 88, 261], 99: [348, 153, 363, 361, 299]},
+        ),
+        (
+            [500] * 100,
+            10,
+            {0: [90, 254, 283, 445, 461], 1: [277, 307, 436, 88, 261], 99: [348, 153, 363, 361, 299]},
+        ),
+        ([5000] * 10, 100, {0: [398, 3833, 4836, 4572, 636], 9: [2204, 3816, 2206, 2507, 1926]}),
+        (MNIST_COUNTS, 100, {0: [1386, 5218, 4744, 1833, 737], 9: [2062, 3198, 3183, 637, 272]}),
+    ],
+)
+def test_subsets_are_the_published_ones(per_class, imbalance, first):
+    """Positions within a class do not depend on how classes are interleaved: any order of labels will do."""
+    labels = np.random.RandomState(5).permutation(np.repeat(np.arange(len(per_class)), per_class))
+    largest = 6000 if per_class == MNIST_COUNTS else max(per_class)
+    kept = datasets.cut(labels, len(per_class), imbalance, largest)
+    assert (np.diff(labels[kept]) >= 0).all()  # grouped by class
+    for k, expected in first.items():
+        positions = np.flatnonzero(labels == k)
+        of_class = kept[labels[kept] == k]
+        assert np.searchsorted(positions, of_class[:5]).tolist() == expected
+
+
+def test_mnist_is_capped_by_what_there_is():
+    labels = np.repeat(np.arange(10), MNIST_COUNTS)
+    counts = np.bincount(labels[datasets.cut(labels, 10, 100, 6000)])
+    assert counts.tolist() == [5923, 3596, 2156, 1292, 774, 464, 278, 166, 100, 60]
+
+
+def test_private_generator():
+    """The subset is the same whatever the global generator did, and leaves it alone."""
+    labels = np.repeat(np.arange(3), 50)
+    np.random.seed(1)
+    before = np.random.get_state()[1].copy()
+    first = datasets.long_tail_subset(labels, [50, 10, 5])
+    assert (np.random.get_state()[1] == before).all()
+    np.random.seed(2)
+    assert (first == datasets.long_tail_subset(labels, [50, 10, 5])).all()
+
+
+def test_too_large_an_imbalance(capsys):
+    line = refusal(lambda: datasets.cut(np.repeat(np.arange(3), 50), 3, 51), capsys)
+    assert line == "--imbalance 51: leaves a class without an image; at most 50 here"
+
+
+# Samplers
+
+
+def test_permutation_and_seeds():
+    sampler = datasets.EpochSampler(range(50), seed=3)
+    items = list(sampler)
+    assert sorted(index for index, _ in items) == list(range(50))
+    assert len({seed for _, seed in items}) == 50
+    assert items == list(sampler)
+    sampler.set_epoch(1)
+    assert items != list(sampler)
+    assert items != list(datasets.EpochSampler(range(50), seed=4))
+    assert items != list(datasets.EpochSampler(range(50), seed=3, stream=1))
+
+
+def test_weighted_draws():
+    weights = torch.tensor([0.0, 1.0, 3.0, 0.0, 6.0, 0.0])
+    sampler, found = datasets.EpochSampler(range(6), 0, weights=weights), []
+    for epoch in range(4000):
+        sampler.set_epoch(epoch)
+        found += [index for index, _ in sampler]
+    shares = torch.bincount(torch.tensor(found), minlength=6) / len(found)
+    torch.testing.assert_close(shares, weights / 10, atol=0.01, rtol=0)
+    assert shares[[0, 3, 5]].sum() == 0
+
+
+def test_pairs_load_only_what_is_wanted():
+    asked = []
+
+    class Source(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitems__(self, items):
+            asked.append(len(items))
+            return [index for index, _ in items]
+
+    first, second = (datasets.EpochSampler(range(10), 0, stream) for stream in (0, 1))
+    sampler = datasets.PairSampler(first, second, 4, wanted=lambda epoch: [epoch == 0, True])
+    loader = DataLoader(
+        datasets.Pairs(Source()), 4, sampler=sampler, drop_last=True, collate_fn=datasets.whole_batch
+    )
+    assert [partner is None for _, partner in loader] == [False, False]
+    sampler.set_epoch(1)
+    asked.clear()
+    batches = list(loader)
+    assert [partner is None for _, partner in batches] == [True, False]
+    assert asked == [4, 4, 4]
+    assert batches[1][1] == [index for index, _ in second][4:8]
+
+
+# In memory
+
+
+def in_memory(padding=2, flip=True, size=6, count=5):
+    images = torch.arange(count * 3 * size * size).view(count, 3, size, size).remainder(251).to(torch.uint8)
+    statistics = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
+    facts = [count], ["only"], (3, size, size), *statistics
+    return (
+        images,
+        datasets.ImagesInMemory(images, torch.zeros(count), *facts, padding=padding, flip=flip),
+        statistics,
+    )
+
+
+def normalised(image, statistics):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
+    return (image.float() / 255 - mean) / std
+
+
+def test_plain_items_are_the_images():
+    images, data, statistics = in_memory()
+    batch, labels = data.__getitems__([3, 0])
+    torch.testing.assert_close(batch, normalised(images[[3, 0]], statistics))
+    assert labels.tolist() == [0, 0]
+
+
+def test_augmentation_is_a_crop_of_the_zero_padded_image_and_a_flip():
+    """Every outcome is one of the 5 x 5 x 2 made by hand with NumPy, and all are about equally frequent."""
+    images, data, statistics = in_memory()
+    padded = np.pad(images[2].numpy(), ((0, 0), (2, 2), (2, 2)))
+    outcomes = {}
+    for dy in range(5):
+        for dx in range(5):
+            crop = padded[:, dy : dy + 6, dx : dx + 6]
+            for flip, image in enumerate((crop, crop[:, :, ::-1].copy())):
+                outcomes[normalised(torch.from_numpy(image), statistics).numpy().round(3).tobytes()] = (
+                    dy,
+                    dx,
+                    flip,
+                )
+    assert len(outcomes) == 50
+    seeds = torch.randint(2**62, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch, _ = data.__getitems__([(2, seed) for seed in seeds])
+    found = [outcomes[image.numpy().round(3).tobytes()] for image in batch]
+    counts = [found.count(outcome) for outcome in outcomes.values()]
+    assert min(counts) > 60 and max(counts) < 140  # 100 expected, standard deviation 10
+
+
+def test_augmentation_depends_on_the_seed_alone():
+    _, data, _ = in_memory()
+    together, _ = data.__getitems__([(0, 77), (1, 78), (0, 79)])
+    alone, _ = data.__getitems__([(1, 78)])
+    assert together[1].equal(alone[0])
+
+
+def test_without_augmentation_seeds_change_nothing():
+    _, data, _ = in_memory(padding=0, flip=False)
+    assert data.__getitems__([(1, 78)])[0].equal(data.__getitems__([1])[0])
+
+
+# Through the loader
+
+
+def batches(train_set, sampler, batch_size=4, workers=None):
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    options = datasets.loader_options(train_set)
+    if workers is not None:
+        options["num_workers"] = workers
+    loader = accelerator.prepare(
+        DataLoader(train_set, batch_size, sampler=sampler, drop_last=True, **options)
+    )
+    loader.set_epoch(2)
+    return list(loader)
+
+
+def test_loader_in_memory():
+    images, data, _ = in_memory()
+    sampler = datasets.EpochSampler(data, 0)
+    ((batch, labels),) = batches(data, sampler)
+    sampler.set_epoch(2)
+    assert batch.equal(data.__getitems__(list(sampler)[:4])[0])
+    assert labels.shape == (4,)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and test/ with 6 and 3 images of odd sizes, colour modes and names."""
+    generator = np.random.RandomState(0)
+    for part, counts in (("train", (6, 3)), ("test", (2, 2))):
+        for k, count in enumerate(counts):
+            (tmp_path / part / f"class {k}").mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.randint(0, 256, (80 + 7 * i, 90, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).convert(("RGB", "L", "P", "CMYK")[i % 4])
+                kind = "png" if image.mode == "P" else "jpg"
+                image.save(tmp_path / part / f"class {k}" / f"ein Bild für {i}.{kind}")
+    return tmp_path
+
+
+def folder_args(folder, **options):
+    return Args(
+        **{**dict(dataset="image_folder", data_dir=str(folder), imbalance=None, batch_size=4), **options}
+    )
+
+
+def test_image_folder_from_files(folder):
+    train_set, test_set = datasets.load(folder_args(folder, image_size=72))
+    assert isinstance(train_set, datasets.ImageFiles)
+    assert train_set.class_names == ["class 0", "class 1"]
+    assert train_set.class_counts.tolist() == test_set.class_counts.tolist() == [6, 3]
+    assert len(train_set) == 9 and len(test_set) == 4
+    found = batches(train_set, datasets.EpochSampler(train_set, 0), workers=0)
+    assert [images.shape for images, _ in found] == [(4, 3, 72, 72)] * 2
+    again = batches(train_set, datasets.EpochSampler(train_set, 0), workers=2)
+    for (one, labels), (other, same) in zip(found, again, strict=True):  # whatever the number of workers
+        assert one.equal(other) and labels.equal(same)
+    assert 0.5 < torch.cat([images for images, _ in found]).std() < 3  # normalised
+
+
+def test_test_images_from_files_are_the_centre(folder):
+    _, test_set = datasets.load(folder_args(folder, image_size=72))
+    image = Image.new("RGB", (164, 82), (0, 0, 0))  # resized to a short side of 82 = 72 / 0.875: no change
+    image.paste((255, 255, 255), (46, 5, 118, 77))  # the centre 72 x 72
+    image.save(os.path.join(test_set.root, os.fsdecode(test_set.paths[0])), "png")
+    images, _ = test_set.__getitems__([0]).to("cpu")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in datasets.IMAGENET_STATISTICS)
+    torch.testing.assert_close(images[0], ((1 - mean) / std).expand(3, 72, 72), atol=1e-4, rtol=0)
+
+
+def test_small_images_are_kept_in_memory(folder):
+    train_set, _ = datasets.load(folder_args(folder, image_size=32))
+    assert isinstance(train_set, datasets.ImagesInMemory)
+    assert train_set.shape == (3, 32, 32) and train_set.padding == 4 and train_set.flip
+
+
+def test_native_size(folder):
+    assert datasets.load(folder_args(folder))[0].shape == (3, 224, 224)
+    for path in folder.glob("t*/*/*"):
+        with Image.open(path) as image:
+            image.convert("RGB").resize((24, 24)).save(path)
+    train_set, _ = datasets.load(folder_args(folder))
+    assert train_set.shape == (3, 24, 24) and isinstance(train_set, datasets.ImagesInMemory)
+
+
+def test_image_folder_is_cut(folder):
+    train_set, _ = datasets.load(folder_args(folder, image_size=32, imbalance=6.0))
+    assert train_set.class_counts.tolist() == [6, 1]
+
+
+def test_val_serves_as_test(folder):
+    (folder / "test").rename(folder / "val")
+    assert len(datasets.load(folder_args(folder, image_size=32))[1]) == 4
+
+
+def write_lists(folder):
+    """train.txt and test.txt with CRLF ends, a blank line and no final newline."""
+    for part in ("train", "test"):
+        lines = [f"{p.relative_to(folder)} {p.parent.name[-1]}" for p in sorted((folder / part).glob("*/*"))]
+        (folder / f"{part}.txt").write_bytes("\r\n".join([*lines[:2], "", *lines[2:]]).encode())
+    return dict(
+        train_list=str(folder / "train.txt"), test_list=str(folder / "test.txt"), dataset="image_list"
+    )
+
+
+def test_image_list_equals_image_folder(folder):
+    listed, _ = datasets.load(folder_args(folder, **write_lists(folder), image_size=32))
+    found, _ = datasets.load(folder_args(folder, image_size=32))
+    assert listed.labels.equal(found.labels)
+    assert listed.crops.equal(found.crops)
+
+
+def test_competition_json(tmp_path):
+    content = dict(
+        images=[dict(id=7, file_name="a/x y.jpg"), dict(id=3, file_name="b.jpg")],
+        annotations=[dict(image_id=3, category_id=0), dict(image_id=7, category_id=2)],
+    )
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    paths, labels = datasets.read_list(tmp_path / "train.json", 3)
+    assert paths == ["a/x y.jpg", "b.jpg"] and labels.tolist() == [2, 0]
+
+
+# Wrong input: one line each
+
+
+@pytest.mark.parametrize(
+    "lines, complaint",
+    [
+        ("a.jpg 0\nb.jpg", "list.txt:2: no label after 'b.jpg'; a line is `relative/path label`"),
+        ("a.jpg 0\nb.jpg x", "list.txt:2: no label after 'b.jpg'; a line is `relative/path label`"),
+        ("a.jpg -1", "list.txt:1: label -1 is out of range; labels are 0 to 4"),
+        ("a.jpg -100", "list.txt:1: label -100 is out of range; labels are 0 to 4"),
+        ("a.jpg 4\n\nb.jpg 5", "list.txt:3: label 5 is out of range; labels are 0 to 4"),
+        ("\n", "list.txt: names no image; a line is `relative/path label`"),
+    ],
+)
+def test_wrong_lists(tmp_path, capsys, lines, complaint):
+    (tmp_path / "list.txt").write_text(lines)
+    line = refusal(lambda: datasets.read_list(tmp_path / "list.txt", 5), capsys)
+    assert line == f"{tmp_path}/{complaint}"
+
+
+@pytest.mark.parametrize("dataset", ["imagenet_lt", "places_lt", "inat2017", "inat2018"])
+def test_missing_lists_and_folders(tmp_path, capsys, dataset):
+    args = Args(dataset=dataset, data_dir=str(tmp_path), imbalance=None)
+    line = refusal(lambda: datasets.load(args), capsys)
+    assert line.startswith(f"--train-list {tmp_path}/{datasets.LISTS[dataset][0]}: no such list file")
+    args.data_dir = str(tmp_path / "nowhere")
+    line = refusal(lambda: datasets.load(args), capsys)
+    assert line.startswith(f"--data-dir {tmp_path}/nowhere: no such folder")
+
+
+def test_lists_are_needed_and_fixed_lists_are_not_cut(folder, capsys):
+    line = refusal(lambda: datasets.load(folder_args(folder, dataset="image_list")), capsys)
+    assert line.startswith("--train-list: image_list needs it")
+    lists = write_lists(folder)
+    lists["dataset"] = "places_lt"
+    (folder / "train.txt").write_text("".join(f"train/x.jpg {k}\n" for k in range(365)))
+    line = refusal(lambda: datasets.load(folder_args(folder, **lists, imbalance=10.0)), capsys)
+    assert line == "--imbalance 10: places_lt is a fixed list; leave the option out"
+
+
+def test_download_that_fails(tmp_path, capsys, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    line = refusal(lambda: datasets.load(Args(dataset="cifar10_lt", data_dir=str(tmp_path / "data"))), capsys)
+    assert line.startswith(f"--data-dir {tmp_path}/data: cifar-10-batches-py is not complete there")
+
+
+def test_classes_on_one_side_only(folder, capsys):
+    (folder / "train" / "class 1").rename(folder / "train" / "klass")
+    line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
+    assert line == f"{folder}/test: lacks 1 classes of {folder}/train: klass"
+    (folder / "test" / "klass").mkdir()
+    line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
+    assert line == f"{folder}/train: lacks 1 classes of {folder}/test: class 1"
+
+
+def test_folders_that_are_no_image_folder(tmp_path, capsys):
+    line = refusal(lambda: datasets.load(folder_args(tmp_path)), capsys)
+    assert line.endswith(f"there is no {tmp_path}/train")
+    (tmp_path / "train").mkdir()
+    line = refusal(lambda: datasets.load(folder_args(tmp_path)), capsys)
+    assert line.startswith(f"{tmp_path}/train: holds no class folder")
+
+
+def test_class_without_training_images(folder, capsys):
+    for path in (folder / "train" / "class 1").iterdir():
+        path.unlink()
+    line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
+    assert line.startswith(f"--data-dir {folder}: class class 1 has no training image")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"truncated"])
+@pytest.mark.parametrize("size, workers", [(32, 0), (72, 0), (72, 2)])
+def test_corrupt_images_are_named(folder, capsys, content, size, workers):
+    path = folder / "train" / "class 0" / "ein Bild für 0.jpg"
+    path.write_bytes(path.read_bytes()[:300] if content == b"truncated" else content)
+
+    def read():
+        train_set, _ = datasets.load(folder_args(folder, image_size=size, num_workers=workers, batch_size=9))
+        capsys.readouterr()
+        batches(train_set, datasets.EpochSampler(train_set, 0), batch_size=9, workers=workers)
+
+    assert refusal(read, capsys).startswith(f"{path}: not readable as an image")
+
+
+def test_missing_image(folder, capsys):
+    lists = write_lists(folder)
+    (folder / "train" / "class 1" / "ein Bild für 0.jpg").unlink()
+    line = refusal(lambda: datasets.load(folder_args(folder, **lists, image_size=32)), capsys)
+    assert line == f"{folder}/train/class 1/ein Bild für 0.jpg: no such image; check --data-dir and the list"
+
+
+def test_batch_larger_than_the_data(folder, capsys):
+    line = refusal(lambda: datasets.load(folder_args(folder, image_size=32, batch_size=10)), capsys)
+    assert line == "--batch-size 10: there are only 9 training images; use a smaller one"
+
+
+def test_unknown_data_set(capsys):
+    assert refusal(lambda: datasets.load(Args(dataset="cifar")), capsys).startswith(
+        "--dataset cifar: must be one of"
+    )
+
+
+# The synthetic set
+
+
+def test_synthetic():
+    train_set, test_set = datasets.load(Args())
+    assert train_set.class_counts.tolist() == [300, 179, 107, 64, 38, 23, 13, 8, 5, 3]
+    assert torch.bincount(test_set.labels).tolist() == [100] * 10
+    assert train_set.crops.equal(datasets.load(Args(seed=1))[0].crops)  # one and the same set for every seed
+
+
+def test_synthetic_contexts(monkeypatch):
+    """The tail in one context, the head in all, the test in all."""
+    drawn = []
+    draw = datasets.draw_synthetic
+    monkeypatch.setattr(
+        datasets, "draw_synthetic", lambda *args, **kw: drawn.append(args) or draw(*args, **kw)
+    )
+    datasets.load(Args())
+    (labels, contexts), (test_labels, test_contexts) = (args[:2] for args in drawn)
+    occurring = [contexts[labels == k].unique().numel() for k in range(10)]
+    assert occurring[:2] == [10, 10] and occurring[-3:] == [1, 1, 1]
+    assert sorted(occurring, reverse=True) == occurring
+    assert torch.bincount(10 * test_labels + test_contexts).tolist() == [10] * 100

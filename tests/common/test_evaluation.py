@@ -1,0 +1,84 @@
+"""common.evaluation: splits by training count, exact counting, null where there is nothing to count."""
+
+import pytest
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch.utils.data import DataLoader
+
+from common import datasets, evaluation, models
+from common.cli import Args
+
+
+def sizes(counts, **limits):
+    return [int(part.sum()) for part in evaluation.split_classes(counts, **limits).values()]
+
+
+@pytest.mark.parametrize(
+    "num_classes, largest, imbalance, expected",
+    [
+        (100, 500, 100, [35, 35, 30]),
+        (100, 500, 50, [41, 41, 18]),
+        (100, 500, 10, [69, 31, 0]),
+        (100, 500, 20, [53, 47, 0]),
+        (100, 500, 200, [30, 31, 39]),
+        (10, 5000, 100, [8, 2, 0]),
+        (10, 5000, 50, [9, 1, 0]),
+    ],
+)
+def test_splits_of_the_cifars(num_classes, largest, imbalance, expected):
+    assert sizes(datasets.long_tail_counts(largest, num_classes, imbalance)) == expected
+
+
+def test_boundaries():
+    splits = evaluation.split_classes([101, 100, 20, 19])
+    assert splits["many"].tolist() == [True, False, False, False]
+    assert splits["medium"].tolist() == [False, True, True, False]
+    assert splits["few"].tolist() == [False, False, False, True]
+    assert sizes([101, 100, 20, 19], few_under=21) == [1, 1, 2]  # iNaturalist counts 20 as few
+
+
+def test_summary_by_hand():
+    """3 classes of 200, 50, 5 training images; test images 4, 2, 2 of which 3, 1, 0 are right."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    first = torch.tensor([0, 0, 0, 1, 1, 0, 0, 1])
+    second = torch.tensor([1, 1, 1, 0, 0, 2, 2, 0])
+    top = torch.stack([first, second], 1)
+    confidences = torch.full((8,), 0.75)
+    result = evaluation.summarize(labels, top, confidences, [200, 50, 5])
+    assert result["all"] == pytest.approx(50)
+    assert (result["many"], result["medium"], result["few"]) == (75, 50, 0)
+    assert result["per_class"] == [75, 50, 0]
+    assert result["top5"] == pytest.approx(100 * 6 / 8)
+    assert result["ece"] == pytest.approx(25)  # confident to 0.75, right in half
+
+
+def test_what_is_not_there_is_null():
+    labels, top = torch.tensor([0, 0]), torch.tensor([[0], [1]])
+    result = evaluation.summarize(labels, top, torch.ones(2), [200, 150, 5])
+    assert result["per_class"] == [50, None, None]
+    assert (result["many"], result["medium"], result["few"]) == (50, None, None)
+
+
+def test_calibration_error_by_hand():
+    confidences = torch.tensor([0.95, 0.95, 0.55, 0.55])
+    correct = torch.tensor([True, True, True, False])
+    # two images of accuracy 1 and confidence 0.95 in one bin, two of 0.5 and 0.55 in another
+    assert evaluation.calibration_error(confidences, correct) == pytest.approx(
+        100 * (2 * 0.05 + 2 * 0.05) / 4
+    )
+    assert evaluation.calibration_error(torch.ones(3), torch.ones(3, dtype=torch.bool)) == 0
+
+
+def test_every_image_counts_once():
+    """A last batch that is not full, and BatchNorm's statistics left alone."""
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    _, test_set = datasets.load(Args())
+    loader = accelerator.prepare(DataLoader(test_set, 96, **datasets.loader_options(test_set)))
+    model = models.build("resnet8", 10, 0, test_set.shape)
+    before = model.backbone[1].running_mean.clone()
+    labels, top, confidences = evaluation.predict(accelerator, model, loader)
+    assert labels.equal(test_set.labels)
+    assert top.shape == (1000, 5) and confidences.shape == (1000,)
+    logits = model.eval()(test_set.__getitems__(list(range(1000)))[0])
+    torch.testing.assert_close(top[:, 0], logits.argmax(1))
+    assert model.backbone[1].running_mean.equal(before)

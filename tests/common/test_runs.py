@@ -1,0 +1,243 @@
+"""common.runs: folders, checkpoints, the log and the result."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import cmo
+from cmo import Args
+from common import runs
+from tests.conftest import TINY, refusal
+
+
+def tiny(tmp_path, **options):
+    return Args(**{**TINY, "output_dir": str(tmp_path / "run"), **options})
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder and the result of a finished run."""
+    return tmp_path / "run", cmo.main(tiny(tmp_path))
+
+
+def begin(args):
+    return runs.start(Accelerator(), args)
+
+
+def strict(text):
+    """JSON without NaN and Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_a_run_leaves(tmp_path, capsys):
+    folder, result = tmp_path / "run", cmo.main(tiny(tmp_path))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "args.json",
+        "checkpoint",
+        "metrics.jsonl",
+        "result.json",
+    ]
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == [
+        f"epoch_000{epoch}.{kind}" for epoch in (0, 1) for kind in ("json", "pt")
+    ]
+    assert strict((folder / "args.json").read_text())["imbalance"] == 100
+    lines = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert [line["lr"] for line in lines] == pytest.approx([0.05, 0.0005])
+    stored = strict((folder / "result.json").read_text())
+    assert stored == json.loads(json.dumps(result))
+    printed = strict(capsys.readouterr().out)
+    assert printed == {key: value for key, value in stored.items() if key != "per_class"}
+    assert result["script"] == "cmo.py" and result["num_processes"] == 1 and result["precision"] == "no"
+    assert len(result["per_class"]) == 10 and result["best_on_test"] >= result["all"]
+    assert set(result["versions"]) == {"torch", "torchvision", "accelerate", "numpy"}
+
+
+def test_result_is_of_the_final_weights(finished):
+    folder, result = finished
+    content = runs.load_checkpoint(folder / "checkpoint")
+    model = cmo.models.build("resnet8", 10, 3)
+    model.load_state_dict(content["state"]["model"])
+    assert runs.weights_hash(model) == result["weights_sha256"]
+
+
+def test_a_folder_in_use_is_refused(finished, tmp_path, capsys):
+    folder, _ = finished
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    line = refusal(lambda: begin(tiny(tmp_path)), capsys)
+    assert line == f"--output-dir {folder}: in use; add --resume to go on or --overwrite to delete its run"
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(finished, tmp_path):
+    folder, result = finished
+    (folder / "notes.txt").write_text("mine")
+    again = cmo.main(tiny(tmp_path, overwrite=True, epochs=1, lr_steps=()))
+    assert again["weights_sha256"] != result["weights_sha256"]
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (folder / "checkpoint" / "epoch_0001.pt").exists()
+
+
+def test_refused_runs_leave_nothing(tmp_path, capsys):
+    args = tiny(tmp_path, dataset="image_folder", data_dir=str(tmp_path / "nowhere"))
+    refusal(lambda: cmo.main(args), capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_a_finished_run_repeats_its_result(finished, tmp_path, capsys):
+    folder, result = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert cmo.main(tiny(tmp_path, resume="yes")) == json.loads(json.dumps(result))
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert "epoch 2/2" not in capsys.readouterr().err
+
+
+def test_a_result_that_was_not_written_is_made_up_for(finished, tmp_path):
+    folder, result = finished
+    (folder / "result.json").unlink()
+    again = cmo.main(tiny(tmp_path, resume="yes"))
+    assert all(again[key] == result[key] for key in ("all", "few", "per_class", "weights_sha256", "seconds"))
+
+
+def test_resume_without_a_checkpoint(tmp_path, capsys):
+    line = refusal(lambda: begin(tiny(tmp_path, resume="yes")), capsys)
+    assert (
+        line
+        == f"--resume: no checkpoint in {tmp_path}/run; --resume auto starts a new run where there is none"
+    )
+    assert begin(tiny(tmp_path, resume="auto")).first_epoch == 0
+
+
+def test_resume_with_other_options(finished, tmp_path, capsys):
+    folder, _ = finished
+    capsys.readouterr()
+    line = refusal(lambda: begin(tiny(tmp_path, resume="yes", lr=0.2)), capsys)
+    assert line == f"--lr 0.2: the run has 0.05; give that to resume {folder}, or another --output-dir"
+    with pytest.raises(SystemExit):
+        begin(tiny(tmp_path, resume="auto", lr=0.2, arch="lenet"))
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "--arch lenet",
+        "--lr 0.2",
+    ]
+
+
+def test_resume_of_another_script(finished, tmp_path, capsys):
+    folder, _ = finished
+    capsys.readouterr()
+    for manifest in (folder / "checkpoint").glob("*.json"):
+        content = torch.load(manifest.with_suffix(".pt"))
+        runs.save_checkpoint(folder / "checkpoint", content["epoch"], content | {"script": "bbn.py"})
+    line = refusal(lambda: begin(tiny(tmp_path, resume="yes")), capsys)
+    assert line == f"--resume: the run in {folder} is of bbn.py; name another --output-dir"
+
+
+def test_resume_from_each_epoch_repeats_the_run(finished, tmp_path):
+    folder, result = finished
+    for name in ("epoch_0001.pt", "epoch_0001.json"):
+        (folder / "checkpoint" / name).unlink()
+    (folder / "result.json").unlink()
+    again = cmo.main(tiny(tmp_path, resume="yes"))
+    assert again["weights_sha256"] == result["weights_sha256"] and again["loss"] == result["loss"]
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "no manifest", "half a manifest"])
+def test_damaged_checkpoints(finished, tmp_path, capsys, damage):
+    """Named, and the one before is taken; the run still ends as the unbroken one."""
+    folder, result = finished
+    file = folder / "checkpoint" / "epoch_0001.pt"
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "bit":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "no manifest":
+        file.with_suffix(".json").unlink()
+    else:
+        file.with_suffix(".json").write_text('{"size"')
+    (folder / "result.json").unlink()
+    capsys.readouterr()
+    again = cmo.main(tiny(tmp_path, resume="yes"))
+    errors = capsys.readouterr().err
+    assert again["weights_sha256"] == result["weights_sha256"]
+    assert f"resumed {folder} after epoch 1" in errors
+    if damage != "no manifest":  # which reads as a checkpoint that was never completed
+        assert f"note: {file}: damaged" in errors
+
+
+def test_a_kill_while_writing_leaves_the_checkpoint_before(finished, monkeypatch):
+    folder, _ = finished
+    content = runs.load_checkpoint(folder / "checkpoint")
+    replace = runs.os.replace
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    for kill_at in (1, 2):  # at the rename of the weights, at that of the manifest
+        calls = []
+        monkeypatch.setattr(
+            runs.os,
+            "replace",
+            lambda s, t, n=kill_at, c=calls: killed(s, t) if c.append(1) or len(c) == n else replace(s, t),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            runs.save_checkpoint(folder / "checkpoint", 2, content | {"epoch": 2})
+        assert runs.load_checkpoint(folder / "checkpoint")["epoch"] == 1
+    monkeypatch.setattr(runs.os, "replace", replace)
+    runs.save_checkpoint(folder / "checkpoint", 3, content | {"epoch": 3})
+    assert runs.load_checkpoint(folder / "checkpoint")["epoch"] == 3
+    assert {path.name[:10] for path in (folder / "checkpoint").iterdir()} == {"epoch_0002", "epoch_0003"}
+
+
+def test_loss_that_is_not_finite(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cmo.main(tiny(tmp_path, lr=1e30))
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("loss is not finite in epoch 1, step ") and "(lr 1e+30, precision no)" in line
+    assert runs.load_checkpoint(tmp_path / "run" / "checkpoint") is None
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+    content = dict(state={"model": {"weight": torch.tensor([1.0, float("nan")])}})
+    line = refusal(lambda: runs.save_checkpoint(tmp_path, 4, content), capsys)
+    assert line.startswith("epoch 5 ended with weights that are not finite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schedule_beyond_the_end_is_told(tmp_path, capsys):
+    begin(tiny(tmp_path, lr_steps=(1, 160, 180)))
+    assert (
+        capsys.readouterr().err
+        == "note: --lr-steps 160 180: not before the end of --epochs 2, so without effect\n"
+    )
+
+
+def test_processes_that_do_not_see_each_other(tmp_path, capsys, monkeypatch):
+    accelerator = Accelerator()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refusal(lambda: runs.start(accelerator, tiny(tmp_path)), capsys)
+    assert line.startswith("2 processes were started but each sees 1")
+
+
+def test_default_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(begin(Args(seed=3)).folder) == "runs/cmo/synthetic_100_3"
+    assert str(begin(Args(dataset="imagenet_lt", imbalance=None)).folder) == "runs/cmo/imagenet_lt_0"
+
+
+def test_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refusal(lambda: begin(tiny(tmp_path, output_dir=str(tmp_path / "file" / "run"))), capsys)
+    assert line.startswith(f"--output-dir {tmp_path}/file/run: {tmp_path}/file is not a folder that can be")

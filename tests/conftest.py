@@ -1,0 +1,76 @@
+"""Tiny runs in this process and in others."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+# A run of seconds on the synthetic set: 740 images, 11 steps an epoch.
+TINY = dict(epochs=2, batch_size=64, lr=0.05, lr_steps=(1,), warmup=0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its state in singletons: forget it between two runs of one process."""
+    torch.set_num_threads(1)
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def words(options):
+    """Keyword options as words of a command line."""
+    line = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            line += [flag] if value else []
+        else:
+            line += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return line
+
+
+def command(script, processes=1, **options):
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    return [*start, str(ROOT / script), *words(options)]
+
+
+def environment(**extra):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **extra}
+
+
+def launch(script, processes=1, env=None, cwd=ROOT, **options):
+    """Run a script in a process, or several, of its own; the finished subprocess, with its output as text."""
+    return subprocess.run(
+        command(script, processes, **options),
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(**(env or {})),
+        timeout=300,
+    )
+
+
+def result_of(done):
+    """The one JSON line on a script's stdout."""
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
+
+
+def refusal(call, capsys):
+    """What `call` says, one line on stderr, before it exits with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    return line
