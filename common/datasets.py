@@ -482,9 +482,9 @@ def draw_synthetic(labels, contexts, seed, size=24):
 def load_synthetic(args):
     """A class of n training images occurs in n/10 of the 10 contexts, a tail class in one; the test in all.
 
-    300 images of class 0 down to 300 / imbalance of class 9; 1,000 test images, 10 per class and context.
+    500 images of class 0 down to 500 / imbalance of class 9; 1,000 test images, 10 per class and context.
     """
-    everything = np.repeat(np.arange(10), 300)
+    everything = np.repeat(np.arange(10), 500)
     labels = torch.from_numpy(everything[cut(everything, 10, args.imbalance or 1)])
     counts = torch.bincount(labels)
     rank = torch.cat([torch.arange(n) for n in counts])  # of an image in its class

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-# A run of seconds on the synthetic set: 740 images, 11 steps an epoch.
+# A run of seconds on the synthetic set: 1,236 images, 19 steps an epoch.
 TINY = dict(epochs=2, batch_size=64, lr=0.05, lr_steps=(1,), warmup=0)
 
 
@@ -40,7 +40,7 @@ def words(options):
 def command(script, processes=1, **options):
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [*start, str(ROOT / script), *words(options)]
 
 

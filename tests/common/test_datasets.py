@@ -443,7 +443,7 @@ def test_unknown_data_set(capsys):
 
 def test_synthetic():
     train_set, test_set = datasets.load(Args())
-    assert train_set.class_counts.tolist() == [300, 179, 107, 64, 38, 23, 13, 8, 5, 3]
+    assert train_set.class_counts.tolist() == [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]
     assert torch.bincount(test_set.labels).tolist() == [100] * 10
     assert train_set.crops.equal(datasets.load(Args(seed=1))[0].crops)  # one and the same set for every seed
 

@@ -1,5 +1,9 @@
 """common.evaluation: splits by training count, exact counting, null where there is nothing to count."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -7,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from common import datasets, evaluation, models
 from common.cli import Args
+from tests.conftest import ROOT, environment
 
 
 def sizes(counts, **limits):
@@ -82,3 +87,42 @@ def test_every_image_counts_once():
     logits = model.eval()(test_set.__getitems__(list(range(1000)))[0])
     torch.testing.assert_close(top[:, 0], logits.argmax(1))
     assert model.backbone[1].running_mean.equal(before)
+
+
+EVALUATE = """
+import json
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch.utils.data import DataLoader, Subset
+from common import datasets, evaluation, models
+from common.cli import Args
+
+accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+train_set, test_set = datasets.load(Args())
+part = datasets.ImagesInMemory(test_set.crops[:997, 2, 2], test_set.labels[:997], *(train_set.class_counts,
+    test_set.class_names, test_set.shape, (0.5,) * 3, (0.25,) * 3))
+loader = accelerator.prepare(DataLoader(part, 96, **datasets.loader_options(part)))
+model = accelerator.prepare(models.build("resnet8", 10, 1, test_set.shape))
+result = evaluation.per_split(accelerator, model, loader, train_set.class_counts, Args())
+labels, top, _ = evaluation.predict(accelerator, model, loader)
+if accelerator.is_main_process:
+    result |= dict(processes=accelerator.num_processes, labels=labels.tolist(), top=top[:, 0].tolist())
+    print(json.dumps(result))
+accelerator.end_training()
+"""
+
+
+def test_evaluation_is_exact_over_processes(tmp_path):
+    """997 test images, a prime number, in batches of 96 over 1 and 2 processes: each once, in order."""
+    script, results = tmp_path / "evaluate.py", []
+    script.write_text(EVALUATE)
+    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        command, env = [sys.executable, *start, str(script)], environment(PYTHONPATH=str(ROOT))
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    one, two = results
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+    assert len(one["labels"]) == 997
+    assert one.pop("ece") == pytest.approx(two.pop("ece"), abs=1e-4)
+    assert one == two

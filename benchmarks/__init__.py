@@ -1,0 +1,1 @@
+"""How fast and how large: one command each, results recorded as JSON lines in results/."""

@@ -1,0 +1,28 @@
+"""The README's tables are what its recorded results say."""
+
+import re
+
+import pytest
+
+from common import compare
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+TABLES = re.findall(r"<!-- (results/\S+\.jsonl) -->\n\n((?:\|.*\n)+)", README)
+
+
+def test_every_marker_has_its_table():
+    assert len(TABLES) == README.count("<!-- results/") > 0
+
+
+@pytest.mark.parametrize("file, table", TABLES, ids=[file for file, _ in TABLES])
+def test_tables_are_those_of_the_results(file, table):
+    results = compare.read([ROOT / file])
+    assert table.strip() == compare.markdown(compare.rows(results))
+
+
+def test_recorded_results_are_whole():
+    for file in (ROOT / "results").glob("*.jsonl"):
+        for result in compare.read([file]):
+            if "script" in result:
+                assert (ROOT / result["script"]).exists() and result["commit"] and len(result["weights_sha256"]) == 64

@@ -1,0 +1,81 @@
+"""The real images of the folder LONGTAIL_DATA: counts to the image, pixels unchanged, both ways."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from common import datasets, evaluation
+from common.cli import Args
+
+FOLDER = os.environ.get("LONGTAIL_DATA")
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not FOLDER, reason="LONGTAIL_DATA does not name a folder with the image data"),
+]
+MNIST = [5923, 3596, 2156, 1292, 774, 464, 278, 166, 100, 60]
+
+
+def load(dataset, **options):
+    return datasets.load(Args(dataset=dataset, data_dir=options.pop("data_dir", FOLDER), **options))
+
+
+@pytest.mark.parametrize("imbalance", [10, 50, 100, 200])
+def test_cifar10(imbalance):
+    train_set, test_set = load("cifar10_lt", imbalance=imbalance)
+    assert train_set.class_counts.tolist() == datasets.long_tail_counts(5000, 10, imbalance)
+    assert torch.bincount(test_set.labels).tolist() == [1000] * 10
+    if imbalance == 100:  # the first images of class 0 and the last of class 9, in the published order
+        original = torchvision.datasets.CIFAR10(FOLDER)
+        for k, first in ((0, [398, 3833, 4836, 4572, 636]), (9, [2204, 3816, 2206, 2507, 1926])):
+            positions = np.flatnonzero(np.asarray(original.targets) == k)[first]
+            ours = train_set.crops[(train_set.labels == k).nonzero().flatten()[:5], 4, 4]
+            assert ours.permute(0, 2, 3, 1).numpy().tobytes() == original.data[positions].tobytes()
+
+
+@pytest.mark.parametrize("dataset, first", [("mnist_lt", 5923), ("fashion_mnist_lt", 6000)])
+def test_mnist_style(dataset, first):
+    train_set, test_set = load(dataset)
+    assert train_set.class_counts.tolist() == [first, *MNIST[1:]]
+    assert len(test_set) == 10000 and train_set.shape == (1, 28, 28)
+    images, labels = test_set.__getitems__(list(range(100)))
+    assert images.min() == 0 and images.max() == 1  # scaled, nothing else
+    assert labels.tolist() == test_set.labels[:100].tolist()
+
+
+def test_cifar100_folder_and_lists(tmp_path):
+    root = Path(FOLDER, "cifar100")
+    train_set, test_set = load("image_folder", data_dir=str(root))
+    assert train_set.class_counts.tolist() == datasets.long_tail_counts(500, 100, 100)
+    assert len(test_set) == 10000 and train_set.shape == (3, 32, 32)
+    lists = {}
+    for part in ("train", "test"):
+        names = sorted(folder.name for folder in (root / part).iterdir())
+        lines = [
+            f"{part}/{n}/{f.name} {k}"
+            for k, n in enumerate(names)
+            for f in sorted((root / part / n).iterdir())
+        ]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines))
+        lists[f"{part}_list"] = str(tmp_path / f"{part}.txt")
+    listed, _ = load("image_list", data_dir=str(root), **lists)
+    assert listed.labels.equal(train_set.labels) and listed.crops.equal(train_set.crops)
+    large, _ = load(
+        "image_list", data_dir=str(root), image_size=96, **lists
+    )  # the same through worker processes
+    images, labels = large.__getitems__([0, 5000]).to("cpu")
+    assert images.shape == (2, 3, 96, 96) and labels.tolist() == large.labels[[0, 5000]].tolist()
+
+
+def test_published_lists():
+    _, labels = datasets.read_list(Path(FOLDER, "lists", "Places_LT_train.txt"), 365)
+    counts = json.loads(Path(FOLDER, "lists", "places_lt_train_counts.json").read_text())["places_lt_train"]
+    assert np.bincount(labels).tolist() == counts
+    assert [int(split.sum()) for split in evaluation.split_classes(counts).values()] == [131, 163, 71]
+    for name, count, classes in (("ImageNet_LT_test", 50000, 1000), ("iNaturalist18_val", 24426, 8142)):
+        paths, labels = datasets.read_list(Path(FOLDER, "lists", f"{name}.txt"), classes)
+        assert len(paths) == count and len(np.unique(labels)) == classes

@@ -1,0 +1,154 @@
+"""What holds for every script: help, several processes, resuming after a kill, precision, compilation."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, SCRIPTS, TINY, command, environment, launch, result_of
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(
+    set(re.findall(r"^ *(?:accelerate launch|python)(?: .*)? ([a-z_]+\.py\b.*)$", README, re.M))
+)
+EXACT = dict(arch="lenet", epochs=3, lr=0.02)  # no BatchNorm, whose statistics are each process's own
+# Options that make each script use all of its method within three epochs.
+METHOD = {"cmo.py": dict(mix_start=-1, mix_end=0, p_mix=0.7, drw=True, drw_epoch=1, loss="bs")}
+
+
+def options(script, folder, **more):
+    return {**TINY, **METHOD[script], "output_dir": folder, **more}
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_is_covered(script):
+    assert script in METHOD
+    assert (ROOT / "tests" / f"test_{script}").exists()
+    head = (ROOT / script).read_text()[:4000]
+    assert all(f"{field}:" in head for field in ("Paper", "Method", "Differs", "Expected", "Run"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script):
+    done = launch(script, **{"help": True})
+    assert done.returncode == 0 and done.stderr == ""
+    for word in ("Paper:", "Method:", "Run:", "--dataset", "--data-dir", "--resume", "--seed"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wrong_options_take_one_line(script):
+    done = launch(script, dataset="nothing")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_are_one(script, tmp_path):
+    """Same batches, same loss to rounding, same evaluation."""
+    one = result_of(launch(script, **options(script, tmp_path / "one", **EXACT)))
+    two = result_of(launch(script, processes=2, **options(script, tmp_path / "two", **EXACT)))
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for name in ("all", "many", "medium", "few", "top5"):
+        assert two[name] == pytest.approx(one[name], abs=0.3)  # a tie may fall otherwise after rounding
+    assert two["ece"] == pytest.approx(one["ece"], abs=0.1)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_same_command_twice(script, tmp_path):
+    first, second, other = (
+        result_of(launch(script, **options(script, tmp_path / str(i), seed=seed, epochs=2)))
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert first["weights_sha256"] == second["weights_sha256"] != other["weights_sha256"]
+    assert losses(tmp_path / "0") == losses(tmp_path / "1")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_and_resumed_equals_unbroken(script, processes, tmp_path):
+    """SIGKILL amid the second epoch; the resumed run ends with the unbroken one's weights, bit for bit."""
+    unbroken = result_of(launch(script, processes, **options(script, tmp_path / "unbroken", epochs=3)))
+    broken = options(script, tmp_path / "broken", epochs=3)
+    # The run kills itself in step 5 of epoch 1, so that the kill falls there on any machine.
+    hook = tmp_path / "sitecustomize.py"
+    hook.write_text(
+        "import os, signal, sys\n"
+        "if os.environ.get('KILL_AT'):\n"
+        "    import common.runs as runs\n"
+        "    record, epoch, step = runs.Run.record, *map(int, os.environ['KILL_AT'].split(':'))\n"
+        "    def killing(self, **values):\n"
+        "        record(self, **values)\n"
+        "        if self.epoch == epoch and len(self.recorded['loss']) == step:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    runs.Run.record = killing\n"
+    )
+    env = dict(KILL_AT="1:5", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    killed = launch(script, processes, env=env, **broken)
+    assert killed.returncode != 0 and killed.stdout == ""
+    assert len(losses(tmp_path / "broken")) == 1
+    resumed = result_of(launch(script, processes, **broken, resume="auto"))
+    assert resumed["num_processes"] == processes
+    assert resumed["weights_sha256"] == unbroken["weights_sha256"]
+    assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_batch_that_the_processes_cannot_share(script, tmp_path):
+    done = launch(script, processes=2, **options(script, tmp_path / "run", batch_size=15))
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count("--batch-size 15: not a multiple of 2 processes; use 14 or 16") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "extra", [dict(ACCELERATE_MIXED_PRECISION="bf16"), dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR")]
+)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_precision_and_compilation(script, extra, tmp_path):
+    """As `accelerate launch --mixed_precision bf16` and `--dynamo_backend inductor` set them."""
+    small = options(script, tmp_path / "run", arch="lenet", epochs=1, lr_steps=(), drw=False, lr=0.02)
+    result = result_of(launch(script, env=extra, **small))
+    assert result["precision"] == extra.get("ACCELERATE_MIXED_PRECISION", "no")
+    plain = result_of(launch(script, **{**small, "output_dir": tmp_path / "plain"}))
+    assert result["loss"] == pytest.approx(plain["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_readme_commands_are_understood(line):
+    """Every command of the README, up to the point where its data would be read."""
+    script, *given = shlex.split(line, comments=True)
+    call = f"import {script[:-3]} as s; from common import cli; cli.parse(s.Args, s.RECIPES, '', {given!r})"
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_kills_at_random_moments(script, tmp_path):
+    """SIGKILL after 20 random times, resumed each time, ends with the unbroken run's weights."""
+    import random
+
+    long = options(script, tmp_path / "unbroken", epochs=6, lr_steps=(4,))
+    begun = time.time()
+    unbroken = result_of(launch(script, **long))
+    duration, generator = time.time() - begun, random.Random(0)
+    for trial in range(20):
+        broken = {**long, "output_dir": tmp_path / str(trial), "resume": "auto"}
+        process = subprocess.Popen(
+            command(script, **broken), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+        )
+        time.sleep(duration * generator.uniform(0.3, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert result_of(launch(script, **broken))["weights_sha256"] == unbroken["weights_sha256"]
