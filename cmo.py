@@ -42,8 +42,8 @@ RECIPES = {
     "fashion_mnist_lt": MNIST,
     "image_folder": dict(FILES, epochs=100, batch_size=128, lr_steps=(60, 80), drw_epoch=80),
     "image_list": dict(FILES, epochs=100, batch_size=128, lr_steps=(60, 80), drw_epoch=80),
-    "synthetic": dict(epochs=30, batch_size=32, lr_steps=(20, 26), lr_factor=0.1, wd=5e-4,
-                      warmup=2, mix_start=0, mix_end=1, drw_epoch=20),
+    "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), lr_factor=0.01, wd=5e-4,
+                      warmup=2, mix_start=0, mix_end=1, drw_epoch=28),
 }
 # fmt: on
 STREAMS = ("foreground", "background", "both", "nothing")

@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ class Run:
 
     def __init__(self, accelerator, args):
         self.accelerator, self.args, self.main = accelerator, args, accelerator.is_main_process
+        self.is_command = type(args).__module__ == "__main__"  # and not called from Python
         self.script = Path(sys.modules[type(args).__module__].__file__).name
         name = [args.dataset, *([f"{args.imbalance:g}"] if args.imbalance else []), str(args.seed)]
         self.folder = Path(args.output_dir or Path("runs", Path(self.script).stem, "_".join(name)))
@@ -213,6 +215,7 @@ class Run:
                 "precision": accelerator.mixed_precision,
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, accelerate, np)},
                 "commit": commit(),
+                "command": shlex.join([self.script, *sys.argv[1:]]) if self.is_command else None,
                 "weights_sha256": weights_hash(self.tracked["model"]),
                 "args": self.facts()["args"],
                 "per_class": self.per_class,

@@ -25,4 +25,8 @@ def test_recorded_results_are_whole():
     for file in (ROOT / "results").glob("*.jsonl"):
         for result in compare.read([file]):
             if "script" in result:
-                assert (ROOT / result["script"]).exists() and result["commit"] and len(result["weights_sha256"]) == 64
+                assert (
+                    (ROOT / result["script"]).exists()
+                    and result["commit"]
+                    and len(result["weights_sha256"]) == 64
+                )
