@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -42,19 +43,6 @@ class PILImages(Dataset):
 
     def __getitem__(self, index):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
-
-
-class QuietRun:
-    """The part of a Run that a training loop uses, without folder, log and checks."""
-
-    def __init__(self, accelerator):
-        self.accelerator, self.losses = accelerator, []
-
-    def steps(self, loader):
-        return loader
-
-    def record(self, loss):
-        self.losses.append(loss.detach())
 
 
 def wait(device):
@@ -90,11 +78,16 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="worker processes of a per-image loader")
-    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(parser.parse_args(), folder)
 
+
+def measure(options, folder):
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     device, size = accelerator.device, options.batch_size
-    args = cmo.Args(arch=options.arch, batch_size=size, mix_start=-1, mix_end=0, epochs=1, lr_steps=())
+    args = cmo.Args(
+        arch=options.arch, batch_size=size, mix_start=-1, mix_end=0, epochs=1, lr_steps=(), output_dir=folder
+    )
     counts = np.array(datasets.long_tail_counts(500, 100, 100))
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(100), counts))[: size * options.steps]
     counts = np.bincount(labels, minlength=100).clip(1)
@@ -112,7 +105,8 @@ def main():
     model = models.build(options.arch, 100, 0)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
     model, optimizer = accelerator.prepare(model, optimizer)
-    loader = pairs()
+    loader, run = pairs(), runs.start(accelerator, args)
+    run.track(model=model, optimizer=optimizer)
     (batch, batch_labels), _ = next(iter(loader))
 
     def bare_steps():
@@ -124,7 +118,8 @@ def main():
             optimizer.step()
 
     def our_epoch():
-        cmo.train_one_epoch(QuietRun(accelerator), model, loader, optimizer, train_set, 0, args)
+        run.begin_epoch(0, loader)
+        cmo.train_one_epoch(run, model, loader, optimizer, train_set, 0, args)
 
     def only_loading():
         for _ in loader:
