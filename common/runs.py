@@ -92,9 +92,8 @@ class Run:
         then, now = checkpoint, self.facts()
         if then["script"] != now["script"]:
             cli.fail(f"--resume: the run in {folder} is of {then['script']}; name another --output-dir")
-        differing = [
-            k for k in now["args"] if k not in NOT_COMPARED and then["args"].get(k) != now["args"][k]
-        ]
+        compared = [k for k in now["args"] if k not in NOT_COMPARED]
+        differing = [k for k in compared if then["args"].get(k) != now["args"][k]]
         if differing:
             lines = [f"{cli.flag(k)} {now['args'][k]}: the run has {then['args'].get(k)}" for k in differing]
             cli.fail(*[f"{line}; give that to resume {folder}, or another --output-dir" for line in lines])
@@ -164,15 +163,11 @@ class Run:
             values = self.accelerator.reduce(torch.stack(values), reduction="mean").cpu()
             wrong = (~values.isfinite()).nonzero()
             if len(wrong):
-                lr, precision = (
-                    self.tracked["optimizer"].param_groups[0]["lr"],
-                    self.accelerator.mixed_precision,
-                )
-                kept = f"the checkpoint of epoch {self.epoch} is kept, " if self.epoch else ""
+                lr = self.tracked["optimizer"].param_groups[0]["lr"]
                 where = f"epoch {self.epoch + 1}, step {wrong[0].item() + 1}"
-                cli.fail(
-                    f"{name} is not finite in {where} (lr {lr:g}, precision {precision}); {kept}lower --lr"
-                )
+                how = f"lr {lr:g}, precision {self.accelerator.mixed_precision}"
+                kept = f"the checkpoint of epoch {self.epoch} is kept, " if self.epoch else ""
+                cli.fail(f"{name} is not finite in {where} ({how}); {kept}lower --lr")
             means[name] = values.double().mean().item()
         return means
 
