@@ -30,7 +30,7 @@ def words(options):
     line = []
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
+        if value is None or isinstance(value, bool):
             line += [flag] if value else []
         else:
             line += [flag, *map(str, value if isinstance(value, tuple) else (value,))]

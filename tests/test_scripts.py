@@ -1,16 +1,19 @@
 """What holds for every script: help, several processes, resuming after a kill, precision, compilation."""
 
+import importlib
 import json
 import os
 import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from common import cli
 from tests.conftest import ROOT, SCRIPTS, TINY, command, environment, launch, result_of
 
 README = (ROOT / "README.md").read_text()
@@ -74,6 +77,34 @@ def test_same_command_twice(script, tmp_path):
     assert losses(tmp_path / "0") == losses(tmp_path / "1")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_images_from_files(script, tmp_path):
+    """Decoded by worker processes: the same weights whatever their number; a corrupt file is named."""
+    generator = np.random.RandomState(0)
+    for part, count in (("train", 20), ("test", 3)):
+        for k in range(3):
+            folder = tmp_path / "data" / part / f"class {k}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.randint(0, 256, (70 + i, 90, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    module = importlib.import_module(script[:-3])
+    data = dict(dataset="image_folder", data_dir=str(tmp_path / "data"), imbalance=None, image_size=72)
+    small = options(script, tmp_path, **data, arch="resnet10", batch_size=16, color_jitter=0.4)
+
+    def run(name, workers):
+        return module.main(
+            module.Args(**{**small, "output_dir": str(tmp_path / name), "num_workers": workers})
+        )
+
+    assert run("none", 0)["weights_sha256"] == run("two", 2)["weights_sha256"]
+    (tmp_path / "data" / "train" / "class 1" / "3.jpg").write_bytes(b"no image")
+    done = launch(script, **{**small, "output_dir": tmp_path / "corrupt", "num_workers": 2})
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"{tmp_path}/data/train/class 1/3.jpg: not readable as an image" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_equals_unbroken(script, processes, tmp_path):
@@ -128,9 +159,8 @@ def test_precision_and_compilation(script, extra, tmp_path):
 def test_readme_commands_are_understood(line):
     """Every command of the README, up to the point where its data would be read."""
     script, *given = shlex.split(line, comments=True)
-    call = f"import {script[:-3]} as s; from common import cli; cli.parse(s.Args, s.RECIPES, '', {given!r})"
-    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    module = importlib.import_module(script[:-3])
+    assert isinstance(cli.parse(module.Args, module.RECIPES, module.__doc__, given), module.Args)
 
 
 @pytest.mark.slow
