@@ -38,7 +38,10 @@ def option(default, help, *, choices=None, least=None, above=None, most=None, hi
 
 @dataclass
 class Args:
-    """The options that all scripts share; a script adds its own in a subclass."""
+    """The options that all scripts share; a script adds its own in a subclass.
+
+    In Python, Args(...) has the fields' defaults; `build` puts a data set's recipe under what is given.
+    """
 
     dataset: str = option("synthetic", "data set, and with it the recipe")
     data_dir: str = option("data", "folder that holds the data set (README: Data)")

@@ -24,18 +24,17 @@ def read(paths):
         path = path / "result.json" if path.is_dir() else path
         try:
             text = path.read_text()
-            results += [
-                json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])
-            ]
-        except (OSError, ValueError) as e:
-            cli.fail(f"{path}: not a finished run or a file of result lines ({e})")
+            lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+            results += [result for result in map(json.loads, lines) if result["args"]]
+        except (OSError, ValueError, KeyError) as e:
+            cli.fail(f"{path}: not a finished run or a file of result lines ({e!r})")
     return results
 
 
 def options(result):
-    """What makes a row: the script and every option but the seed and where things lie."""
+    """What makes a row: the script, the precision and every option but the seed and where things lie."""
     args = {k: v for k, v in result["args"].items() if k not in (*NOT_COMPARED, "seed")}
-    return {"script": result["script"], **args}
+    return {"script": result["script"], "precision": result["precision"], **args}
 
 
 def spread(values):
@@ -66,7 +65,8 @@ def rows(results):
         minutes = statistics.mean(result["seconds"] for result in group) / 60
         memory = max(result["peak_memory_gb"] for result in group)
         commits = ", ".join(sorted({str(result["commit"]) for result in group}))
-        table.append([*cells, str(len(group)), f"{minutes:.1f}", f"{memory:.1f}", commits])
+        seeds = str(len({result["seed"] for result in group}))
+        table.append([*cells, seeds, f"{minutes:.1f}", f"{memory:.1f}", commits])
     return table
 
 

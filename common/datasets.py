@@ -10,6 +10,7 @@ it comes augmented, and that seed alone decides how.
 
 import json
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def cut(labels, num_classes, imbalance, largest=None):
     available = np.bincount(labels, minlength=num_classes)
     counts = np.array(long_tail_counts(largest or available.max(), num_classes, imbalance))
     if (counts == 0).any():
-        cli.fail(f"--imbalance {imbalance:g}: leaves a class without an image; at most {counts[0]} here")
+        cli.fail(f"--imbalance {imbalance:g}: leaves a class without an image; use a lower factor")
     return long_tail_subset(labels, np.minimum(counts, available))  # MNIST's class 0 has less than n_0
 
 
@@ -129,7 +130,9 @@ class Pairs(Dataset):
 
     def __getitems__(self, items):
         first, second = zip(*items, strict=True)
-        return self.dataset.__getitems__(first), second[0] and self.dataset.__getitems__(second)
+        return self.dataset.__getitems__(first), None if second[0] is None else self.dataset.__getitems__(
+            second
+        )
 
 
 # -------------------------------------------------------------------------------------- the two ways through
@@ -156,7 +159,7 @@ class ImagesInMemory(LabelledImages):
 
     def __init__(self, images, labels, *facts, padding=0, flip=False, device="cpu"):
         super().__init__(labels, *facts)
-        size, padded = images.shape[-1], F.pad(images, (padding,) * 4).to(device)
+        size, padded = images.shape[-1], F.pad(images.contiguous(), (padding,) * 4).to(device)
         # A view of all crops of all images: [N, 2 * padding + 1, 2 * padding + 1, C, H, W].
         self.crops = padded.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
         self.padding, self.flip, self.device_labels = padding, flip, self.labels.to(device)
@@ -198,7 +201,7 @@ class ImageFiles(LabelledImages):
                 image = self.centre(image)
             else:
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
+                    torch.default_generator.manual_seed(seed)  # of the CPU alone
                     image = self.augment(image)
             images.append(v2.functional.pil_to_tensor(image))
             indices.append(index)
@@ -220,7 +223,8 @@ class RawBatch:
         if self.error:
             cli.fail(self.error, here=True)
         images = self.images.to(device, non_blocking=non_blocking, memory_format=torch.channels_last)
-        images = images.float().sub_(self.mean.to(device)).div_(self.std.to(device))
+        mean, std = (t.to(device, non_blocking=non_blocking) for t in (self.mean, self.std))
+        images = images.float().sub_(mean).div_(std)
         return images, self.labels.to(device, non_blocking=non_blocking)
 
 
@@ -231,7 +235,7 @@ def read_image(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise OSError(f"{path}: no such image; check --data-dir and the list") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL's on broken files
+    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
         raise OSError(f"{path}: not readable as an image ({e}); replace it or take it off the list") from None
 
 
@@ -413,13 +417,17 @@ def read_lists(root, args):
 def read_list(file, classes=None):
     """(paths, labels [N]) of a list file; labels are in 0..classes-1."""
     file, paths, labels = Path(file), [], []
-    if file.suffix == ".json":
-        content = json.loads(file.read_text())
-        label_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
-        entries = [(e["id"], [e["file_name"], label_of.get(e["id"], "none")]) for e in content["images"]]
-    else:
-        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
-        entries = [(number, line.rsplit(maxsplit=1)) for number, line in lines if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            content = json.loads(text)
+            label_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
+            entries = [(e["id"], [e["file_name"], label_of.get(e["id"], "none")]) for e in content["images"]]
+        else:
+            lines = enumerate(text.splitlines(), 1)
+            entries = [(number, line.rsplit(maxsplit=1)) for number, line in lines if line.strip()]
+    except (ValueError, KeyError, TypeError) as e:
+        cli.fail(f"{file}: not a list file in UTF-8 or a JSON file with images and annotations ({e!r})")
     for number, (path, *label) in entries:
         try:
             labels.append(int(label[0]))

@@ -34,6 +34,7 @@ def summarize(labels, top, confidences, class_counts, many_over=100, few_under=2
         result[name] = per_class[classes & tested].mean().item() if (classes & tested).any() else None
     result["top5"] = 100 * (top == labels[:, None]).any(1).double().mean().item()
     result["ece"] = calibration_error(confidences, correct)
+    result["class_counts"] = [int(count) for count in class_counts]
     result["per_class"] = [
         value if seen else None for value, seen in zip(per_class.tolist(), tested.tolist(), strict=True)
     ]
@@ -56,4 +57,4 @@ def predict(accelerator, model, loader):
 def per_split(accelerator, model, loader, class_counts, args):
     """`summarize` of the model on the prepared `loader`; class_counts [K] of the training set."""
     labels, top, confidences = predict(accelerator, model, loader)
-    return summarize(labels, top, confidences, class_counts.cpu(), args.many_over, args.few_under)
+    return summarize(labels, top, confidences, class_counts, args.many_over, args.few_under)

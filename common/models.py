@@ -128,7 +128,7 @@ def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None):
         return CosineClassifier(width, num_classes, cosine) if cosine else nn.Linear(width, num_classes)
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if arch in IMAGENET:
             backbone, width = imagenet_backbone(arch, channels)
             return Network(backbone, make_classifier(width, num_classes)).to(

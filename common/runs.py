@@ -8,6 +8,7 @@ OUTPUT/result.json        the result of the last epoch
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import platform
@@ -31,6 +32,7 @@ from common.datasets import epoch_seed
 NOT_COMPARED = ("output_dir", "data_dir", "resume", "overwrite", "num_workers")  # may change on resuming
 CHECK_EVERY = 100  # steps between two looks at the loss
 ACCURACIES = ("all", "many", "medium", "few")
+PER_CLASS = ("class_counts", "per_class")  # long, so only of the last epoch and in result.json
 
 
 def start(accelerator, args):
@@ -45,6 +47,7 @@ def start(accelerator, args):
         lower = args.batch_size // processes * processes
         near = f"{lower} or {lower + processes}" if lower else str(processes)
         cli.fail(f"--batch-size {args.batch_size}: not a multiple of {processes} processes; use {near}")
+    torch.backends.cudnn.deterministic = True  # a resumed run repeats the unbroken one on a GPU, too
     late = " ".join(str(step) for step in args.lr_steps if step >= args.epochs)
     if late:
         cli.say(f"note: --lr-steps {late}: not before the end of --epochs {args.epochs}, so without effect")
@@ -61,7 +64,8 @@ class Run:
         name = [args.dataset, *([f"{args.imbalance:g}"] if args.imbalance else []), str(args.seed)]
         self.folder = Path(args.output_dir or Path("runs", Path(self.script).stem, "_".join(name)))
         self.files = [self.folder / name for name in ("args.json", "metrics.jsonl", "result.json")]
-        self.history, self.per_class, self.tracked, self.recorded = [], None, {}, {}
+        self.history, self.per_class, self.tracked, self.recorded = [], {}, {}, {}
+        self.commit = commit()  # of the code that runs, whatever is checked out later
         self.checkpoint = self.look()
         self.first_epoch = self.checkpoint["epoch"] + 1 if self.checkpoint else 0
         accelerator.wait_for_everyone()  # all processes have looked before the first one writes
@@ -84,14 +88,20 @@ class Run:
             return None
         checkpoint = load_checkpoint(folder / "checkpoint")
         if checkpoint is None:
-            if args.resume == "yes":
+            if self.files[2].exists() or any((folder / "checkpoint").glob("epoch_*.json")):
                 cli.fail(
-                    f"--resume: no checkpoint in {folder}; --resume auto starts a new run where there is none"
+                    f"--resume: no whole checkpoint in {folder}; add --overwrite to delete what it holds"
                 )
+            if args.resume == "yes":
+                cli.fail(f"--resume: no checkpoint in {folder}; --resume auto would start a new run")
             return None
         then, now = checkpoint, self.facts()
         if then["script"] != now["script"]:
             cli.fail(f"--resume: the run in {folder} is of {then['script']}; name another --output-dir")
+        if then["precision"] != now["precision"]:
+            cli.fail(
+                f"--resume: begun with precision {then['precision']}, not {now['precision']}; launch it so"
+            )
         compared = [k for k in now["args"] if k not in NOT_COMPARED]
         differing = [k for k in compared if then["args"].get(k) != now["args"][k]]
         if differing:
@@ -104,7 +114,8 @@ class Run:
 
     def facts(self):
         args = json.loads(json.dumps(dataclasses.asdict(self.args)))  # tuples become lists, as in a file
-        return {"script": self.script, "args": args, "num_processes": self.accelerator.num_processes}
+        processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
+        return {"script": self.script, "args": args, "num_processes": processes, "precision": precision}
 
     def track(self, **objects):
         """Name the objects (model, optimizer, ...) of checkpoints; make the folder, or load what it holds."""
@@ -173,7 +184,8 @@ class Run:
 
     def end_epoch(self, epoch, accuracy):
         """Log the epoch and write its checkpoint. accuracy: what evaluation.per_split returned."""
-        self.per_class, lr = accuracy.pop("per_class"), self.tracked["optimizer"].param_groups[0]["lr"]
+        self.per_class = {name: accuracy.pop(name) for name in PER_CLASS}
+        lr = self.tracked["optimizer"].param_groups[0]["lr"]
         line = {"epoch": epoch, "lr": lr, **self.stats, **accuracy, "images_per_second": self.rate}
         line["seconds"] = time.perf_counter() - self.begun
         self.history.append(line)
@@ -208,17 +220,18 @@ class Run:
                 "num_processes": accelerator.num_processes,
                 "device": device_name(accelerator.device),
                 "precision": accelerator.mixed_precision,
+                "compiler": accelerator.state.dynamo_plugin.backend.value.lower(),
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, accelerate, np)},
-                "commit": commit(),
+                "commit": self.commit,
                 "command": shlex.join([self.script, *sys.argv[1:]]) if self.is_command else None,
                 "weights_sha256": weights_hash(self.tracked["model"]),
                 "args": self.facts()["args"],
-                "per_class": self.per_class,
+                **self.per_class,
             }
             if self.main:
                 write_file(file, json.dumps(result, indent=1))
         if self.main:
-            print(json.dumps({k: v for k, v in result.items() if k != "per_class"}), flush=True)
+            print(json.dumps({k: v for k, v in result.items() if k not in PER_CLASS}), flush=True)
         accelerator.end_training()
         return result
 
@@ -257,32 +270,35 @@ def commit():
 
 
 def write_file(path, content):
-    """Write beside, flush to disk, rename: a kill at any moment leaves the old file or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """Write beside, flush to disk, rename: a kill at any moment leaves the old file or the new one, whole."""
+    beside, content = (
+        path.with_name(path.name + ".tmp"),
+        content.encode() if isinstance(content, str) else content,
+    )
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as e:
+        beside.unlink(missing_ok=True)
+        cli.fail(
+            f"{path}: cannot be written, {len(content) / 1e6:.1f} MB ({e.strerror}); what was there is kept"
+        )
 
 
 def save_checkpoint(folder, epoch, content):
     """Write epoch_NNNN.pt, then its manifest (size, SHA-256); then drop all but this and the one before."""
-    tensors = [
-        t for state in content["state"].values() for t in state.values() if isinstance(t, torch.Tensor)
-    ]
-    if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
-        cli.fail(
-            f"epoch {epoch + 1} ended with weights that are not finite; the checkpoint before it is kept"
-        )
-    name, beside = f"epoch_{epoch:04d}", folder / f"epoch_{epoch:04d}.pt.tmp"
-    torch.save(content, beside)
-    digest = file_hash(beside)
-    with open(beside, "rb+") as file:
-        os.fsync(file.fileno())
-    size = beside.stat().st_size
-    os.replace(beside, folder / f"{name}.pt")
-    write_file(folder / f"{name}.json", json.dumps({"size": size, "sha256": digest}))
+    values = [value for state in content["state"].values() for value in state.values()]
+    floats = [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    if not all(value.isfinite().all() for value in floats):
+        cli.fail(f"epoch {epoch + 1} ended with weights that are not finite; the last checkpoint is kept")
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    manifest = {"size": len(buffer.getbuffer()), "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest()}
+    write_file(folder / f"epoch_{epoch:04d}.pt", buffer.getbuffer())
+    write_file(folder / f"epoch_{epoch:04d}.json", json.dumps(manifest))
     for file in folder.glob("epoch_*"):
         if int(file.name[6:10]) < epoch - 1:
             file.unlink()
@@ -293,19 +309,11 @@ def load_checkpoint(folder):
     for manifest in sorted(folder.glob("epoch_*.json"), reverse=True):
         file = manifest.with_suffix(".pt")
         try:
-            facts = json.loads(manifest.read_text())
-            if file.stat().st_size == facts["size"] and file_hash(file) == facts["sha256"]:
-                return torch.load(file, map_location="cpu", weights_only=True)
+            facts, content = json.loads(manifest.read_text()), file.read_bytes()
+            if len(content) == facts["size"] and hashlib.sha256(content).hexdigest() == facts["sha256"]:
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             problem = "differs from its manifest"
         except (OSError, ValueError, KeyError) as e:
             problem = str(e)
         cli.say(f"note: {file}: damaged ({problem}); going back to the checkpoint before it")
     return None
-
-
-def file_hash(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

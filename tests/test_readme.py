@@ -1,5 +1,6 @@
 """The README's tables are what its recorded results say."""
 
+import json
 import re
 
 import pytest
@@ -23,10 +24,7 @@ def test_tables_are_those_of_the_results(file, table):
 
 def test_recorded_results_are_whole():
     for file in (ROOT / "results").glob("*.jsonl"):
-        for result in compare.read([file]):
+        for result in map(json.loads, file.open()):
+            assert result["commit"]
             if "script" in result:
-                assert (
-                    (ROOT / result["script"]).exists()
-                    and result["commit"]
-                    and len(result["weights_sha256"]) == 64
-                )
+                assert (ROOT / result["script"]).exists() and len(result["weights_sha256"]) == 64

@@ -151,13 +151,14 @@ def test_precision_and_compilation(script, extra, tmp_path):
     small = options(script, tmp_path / "run", arch="lenet", epochs=1, lr_steps=(), drw=False, lr=0.02)
     result = result_of(launch(script, env=extra, **small))
     assert result["precision"] == extra.get("ACCELERATE_MIXED_PRECISION", "no")
+    assert result["compiler"] == extra.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     plain = result_of(launch(script, **{**small, "output_dir": tmp_path / "plain"}))
     assert result["loss"] == pytest.approx(plain["loss"], rel=0.02)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_readme_commands_are_understood(line):
-    """Every command of the README, up to the point where its data would be read."""
+    """Every README line that runs a script, up to the point where its data would be read."""
     script, *given = shlex.split(line, comments=True)
     module = importlib.import_module(script[:-3])
     assert isinstance(cli.parse(module.Args, module.RECIPES, module.__doc__, given), module.Args)

@@ -12,6 +12,8 @@ def result(seed, value, **args):
     args = {**options, **args}
     return {
         "script": "cmo.py",
+        "seed": seed,
+        "precision": "no",
         **accuracies,
         "seconds": 60,
         "peak_memory_gb": 1.5,
@@ -51,3 +53,17 @@ def test_unfinished_runs_are_named(tmp_path, capsys):
     assert refusal(lambda: compare.read([tmp_path]), capsys).startswith(
         f"{tmp_path}/result.json: not a finished run"
     )
+
+
+def test_precision_makes_a_row_of_its_own():
+    table = compare.rows([result(0, 50.0), result(0, 60.0) | {"precision": "bf16"}])
+    assert [row[:3] for row in table] == [
+        ["script", "precision", "all"],
+        ["cmo.py", "no", "50.0"],
+        ["cmo.py", "bf16", "60.0"],
+    ]
+
+
+def test_other_json_is_refused(tmp_path, capsys):
+    (tmp_path / "speed.jsonl").write_text('{"benchmark": "speed"}')
+    assert "not a finished run" in refusal(lambda: compare.read([tmp_path / "speed.jsonl"]), capsys)

@@ -20,6 +20,16 @@ CIFAR100_100 = """
 149 142 135 129 123 118 112 107 102 98 93 89 85 81 77 74 70 67 64 61 58 56 53 51 48 46 44 42 40 38 36 35
 33 32 30 29 27 26 25 24 23 22 21 20 19 18 17 16 15 15 14 13 13 12 12 11 11 10 10 9 9 8 8 7 7 7 6 6 6 6 5
 5 5 5"""
+CIFAR100_50 = """
+500 480 462 444 426 410 394 379 364 350 336 323 311 299 287 276 265 255 245 235 226 218 209 201 193 186 178
+172 165 158 152 146 141 135 130 125 120 115 111 107 102 98 95 91 87 84 81 78 75 72 69 66 64 61 59 56 54 52 50
+48 46 44 43 41 39 38 36 35 34 32 31 30 29 27 26 25 24 23 22 22 21 20 19 18 18 17 16 16 15 14 14 13 13 12 12
+11 11 10 10 10"""
+CIFAR100_10 = """
+500 488 477 466 455 445 434 424 415 405 396 387 378 369 361 352 344 336 328 321 314 306 299 292 286 279 273
+266 260 254 248 243 237 232 226 221 216 211 206 201 197 192 188 183 179 175 171 167 163 159 156 152 149 145
+142 139 135 132 129 126 123 121 118 115 112 110 107 105 102 100 98 95 93 91 89 87 85 83 81 79 77 75 74 72 70
+69 67 66 64 63 61 60 58 57 56 54 53 52 51 50"""
 MNIST_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 
 
@@ -43,6 +53,8 @@ def test_counts_of_the_cifars():
     ]
     assert datasets.long_tail_counts(5000, 10, 200) == [5000, 2775, 1540, 854, 474, 263, 146, 81, 45, 25]
     assert datasets.long_tail_counts(500, 100, 100) == [int(n) for n in CIFAR100_100.split()]
+    assert datasets.long_tail_counts(500, 100, 50) == [int(n) for n in CIFAR100_50.split()]
+    assert datasets.long_tail_counts(500, 100, 10) == [int(n) for n in CIFAR100_10.split()]
     totals = {ratio: sum(datasets.long_tail_counts(500, 100, ratio)) for ratio in (10, 20, 50, 100, 200)}
     assert totals == {10: 19573, 20: 15907, 50: 12608, 100: 10847, 200: 9502}
     assert datasets.long_tail_counts(500, 100, 10)[-1] == 50  # 49 with the root taken first
@@ -98,7 +110,7 @@ def test_private_generator():
 
 def test_too_large_an_imbalance(capsys):
     line = refusal(lambda: datasets.cut(np.repeat(np.arange(3), 50), 3, 51), capsys)
-    assert line == "--imbalance 51: leaves a class without an image; at most 50 here"
+    assert line == "--imbalance 51: leaves a class without an image; use a lower factor"
 
 
 # Samplers
@@ -351,6 +363,13 @@ def test_wrong_lists(tmp_path, capsys, lines, complaint):
     (tmp_path / "list.txt").write_text(lines)
     line = refusal(lambda: datasets.read_list(tmp_path / "list.txt", 5), capsys)
     assert line == f"{tmp_path}/{complaint}"
+
+
+@pytest.mark.parametrize("text", ['{"images": []}', "{", "[1]"])
+def test_wrong_json(tmp_path, capsys, text):
+    (tmp_path / "train.json").write_text(text)
+    line = refusal(lambda: datasets.read_list(tmp_path / "train.json", 5), capsys)
+    assert line.startswith(f"{tmp_path}/train.json: not a list file in UTF-8 or a JSON file with images")
 
 
 @pytest.mark.parametrize("dataset", ["imagenet_lt", "places_lt", "inat2017", "inat2018"])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import cmo
 from cmo import Args
@@ -13,7 +14,7 @@ from tests.conftest import TINY, refusal
 
 
 def tiny(tmp_path, **options):
-    return Args(**{**TINY, "output_dir": str(tmp_path / "run"), **options})
+    return Args(**{**TINY, "paste": "none", "output_dir": str(tmp_path / "run"), **options})
 
 
 @pytest.fixture
@@ -53,7 +54,8 @@ def test_what_a_run_leaves(tmp_path, capsys):
     stored = strict((folder / "result.json").read_text())
     assert stored == json.loads(json.dumps(result))
     printed = strict(capsys.readouterr().out)
-    assert printed == {key: value for key, value in stored.items() if key != "per_class"}
+    assert printed == {key: value for key, value in stored.items() if key not in runs.PER_CLASS}
+    assert stored["class_counts"] == [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]
     assert result["script"] == "cmo.py" and result["num_processes"] == 1 and result["precision"] == "no"
     assert len(result["per_class"]) == 10 and result["best_on_test"] >= result["all"]
     assert set(result["versions"]) == {"torch", "torchvision", "accelerate", "numpy"}
@@ -109,11 +111,49 @@ def test_a_result_that_was_not_written_is_made_up_for(finished, tmp_path):
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     line = refusal(lambda: begin(tiny(tmp_path, resume="yes")), capsys)
-    assert (
-        line
-        == f"--resume: no checkpoint in {tmp_path}/run; --resume auto starts a new run where there is none"
-    )
+    assert line == f"--resume: no checkpoint in {tmp_path}/run; --resume auto would start a new run"
     assert begin(tiny(tmp_path, resume="auto")).first_epoch == 0
+
+
+def test_a_result_without_checkpoints_is_not_lost(finished, tmp_path, capsys):
+    folder, _ = finished
+    for path in (folder / "checkpoint").iterdir():
+        path.unlink()
+    line = refusal(lambda: begin(tiny(tmp_path, resume="auto")), capsys)
+    assert line == f"--resume: no whole checkpoint in {folder}; add --overwrite to delete what it holds"
+    assert (folder / "result.json").exists()
+
+
+def test_resume_after_a_kill_in_the_first_checkpoint(tmp_path):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    for name in ("epoch_0000.pt", "epoch_0000.json.tmp"):
+        (tmp_path / "run" / "checkpoint" / name).write_bytes(b"half")
+    assert cmo.main(tiny(tmp_path, resume="auto"))["epochs"] == 2
+
+
+def test_resume_with_another_precision(finished, tmp_path, capsys):
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    accelerator = Accelerator(mixed_precision="bf16")
+    line = refusal(lambda: runs.start(accelerator, tiny(tmp_path, resume="yes")), capsys)
+    assert line == "--resume: begun with precision no, not bf16; launch it so"
+
+
+def test_full_disk(finished, monkeypatch, capsys):
+    """One line, no half file, and the checkpoint before it in its place."""
+    folder, _ = finished
+    content = runs.load_checkpoint(folder / "checkpoint")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.os, "fsync", full)
+    capsys.readouterr()
+    line = refusal(lambda: runs.save_checkpoint(folder / "checkpoint", 2, content | {"epoch": 2}), capsys)
+    assert line.startswith(f"{folder}/checkpoint/epoch_0002.pt: cannot be written, 0.")
+    assert "(No space left on device)" in line
+    assert runs.load_checkpoint(folder / "checkpoint")["epoch"] == 1
+    assert len(list((folder / "checkpoint").iterdir())) == 4
 
 
 def test_resume_with_other_options(finished, tmp_path, capsys):
