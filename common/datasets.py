@@ -159,7 +159,8 @@ class ImagesInMemory(LabelledImages):
 
     def __init__(self, images, labels, *facts, padding=0, flip=False, device="cpu"):
         super().__init__(labels, *facts)
-        size, padded = images.shape[-1], F.pad(images.contiguous(), (padding,) * 4).to(device)
+        images, size = images.contiguous(memory_format=torch.channels_last), images.shape[-1]
+        padded = F.pad(images, (padding,) * 4).to(device)
         # A view of all crops of all images: [N, 2 * padding + 1, 2 * padding + 1, C, H, W].
         self.crops = padded.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
         self.padding, self.flip, self.device_labels = padding, flip, self.labels.to(device)

@@ -141,7 +141,7 @@ def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None):
         for module in net.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
-        return net
+        return net.to(memory_format=torch.channels_last)  # as the images: faster, on CPUs too
 
 
 def count_parameters(module):
