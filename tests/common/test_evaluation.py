@@ -101,8 +101,8 @@ from common.cli import Args
 def main():  # in a function: a DDP model that outlives it as a global can abort the interpreter's exit
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     train_set, test_set = datasets.load(Args())
-    part = datasets.ImagesInMemory(test_set.crops[:997, 2, 2], test_set.labels[:997], *(train_set.class_counts,
-        test_set.class_names, test_set.shape, (0.5,) * 3, (0.25,) * 3))
+    facts = train_set.class_counts, test_set.class_names, test_set.shape, (0.5,) * 3, (0.25,) * 3
+    part = datasets.ImagesInMemory(test_set.crops[:997, 2, 2], test_set.labels[:997], *facts)
     loader = accelerator.prepare(DataLoader(part, 96, **datasets.loader_options(part)))
     model = accelerator.prepare(models.build("resnet8", 10, 1, test_set.shape))
     result = evaluation.per_split(accelerator, model, loader, train_set.class_counts, Args())
