@@ -243,8 +243,7 @@ def main(args: Args) -> dict:
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)
     model, optimizer = accelerator.prepare(model, optimizer)
     train_loader, test_loader = accelerator.prepare(train_loader, test_loader)
-    run.track(model=model, optimizer=optimizer)
-    for epoch in range(run.first_epoch, args.epochs):
+    for epoch in run.track(range(args.epochs), model=model, optimizer=optimizer):
         run.begin_epoch(epoch, train_loader)
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, args)
         train_one_epoch(run, model, train_loader, optimizer, train_set, epoch, args)

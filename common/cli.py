@@ -74,7 +74,7 @@ class Args:
     overwrite: bool = option(False, "delete the run that the output folder holds")
     seed: int = option(0, "seed of initialisation, order and augmentation; the subset has its own", least=0)
     arch: str = option(
-        "resnet8", "network: resnet8 to resnet56 (CIFAR), resnet10 to resnet152 (ImageNet), lenet"
+        "resnet8", "network: CIFAR resnet8 to 56, ImageNet resnet10 to 152 and resnext50_32x4d, lenet"
     )
     epochs: int = option(10, "number of epochs", least=1)
     batch_size: int = option(128, "images per step over all processes", least=1)
@@ -103,7 +103,7 @@ def check(field, value):
     name, limits = flag(field.name), field.metadata
     for item in value if isinstance(value, tuple) else (value,):
         if limits["choices"] and item not in limits["choices"]:
-            fail(f"{name} {item}: must be one of {', '.join(limits['choices'])}")
+            fail(f"{name} {item}: must be one of {', '.join(map(str, limits['choices']))}")
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             if math.isinf(item):
                 fail(f"{name} {item}: must be finite")
@@ -159,7 +159,11 @@ def make_parser(args_class, doc, defaults):
         if kind is bool:
             keywords = dict(action=argparse.BooleanOptionalAction)
         else:
-            metavar = "{" + ",".join(extra["choices"]) + "}" if extra["choices"] else kind.__name__.upper()
+            metavar = (
+                "{" + ",".join(map(str, extra["choices"])) + "}"
+                if extra["choices"]
+                else kind.__name__.upper()
+            )
             keywords = dict(type=CONVERT[kind], metavar=metavar)
         if rest == [...]:
             keywords |= dict(nargs="*")

@@ -8,6 +8,7 @@ An item asked for by its index comes plain; asked for by (index, augmentation se
 it comes augmented, and that seed alone decides how.
 """
 
+import copy
 import json
 import os
 import struct
@@ -64,16 +65,29 @@ def epoch_seed(seed, epoch, stream=0):
     return int(np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)[0])
 
 
-class EpochSampler(Sampler):
-    """One epoch of (index, augmentation seed): a permutation, or by `weights` [N] N draws with replacement.
+def shuffled(size, epoch, generator):
+    """Each of `size` images once."""
+    return torch.randperm(size, generator=generator)
 
-    A pure function of (seed, epoch, stream): equal on all processes, and a resumed run repeats it.
-    Samplers of one run take different streams.
+
+def draw(weights, size, generator):
+    """`size` draws with replacement of 0..len(weights)-1 by `weights`; torch.multinomial stops at 2^24."""
+    cumulative = torch.as_tensor(weights, dtype=torch.float64).cumsum(0)
+    draws = torch.rand(size, dtype=torch.float64, generator=generator) * cumulative[-1]
+    return torch.searchsorted(cumulative, draws, right=True).clamp(max=len(cumulative) - 1)
+
+
+class EpochSampler(Sampler):
+    """One epoch of (index, augmentation seed), a pure function of (seed, epoch, stream).
+
+    Equal on all processes, and a resumed run repeats it. Samplers of one run take different streams.
+    The images are a permutation, N draws by `weights` [N], or what order(size, epoch, generator) returns,
+    `size` indices, N by default.
     """
 
-    def __init__(self, dataset, seed, stream=0, weights=None):
-        self.size, self.seed, self.stream, self.epoch = len(dataset), seed, stream, 0
-        self.cumulative = None if weights is None else torch.as_tensor(weights, dtype=torch.float64).cumsum(0)
+    def __init__(self, dataset, seed, stream=0, weights=None, order=shuffled, size=None):
+        self.size, self.seed, self.stream, self.epoch = size or len(dataset), seed, stream, 0
+        self.order = order if weights is None else lambda size, _, generator: draw(weights, size, generator)
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -83,11 +97,7 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch, self.stream))
-        if self.cumulative is None:
-            indices = torch.randperm(self.size, generator=generator)
-        else:  # by inversion; torch.multinomial stops at 2^24 images
-            draws = torch.rand(self.size, dtype=torch.float64, generator=generator) * self.cumulative[-1]
-            indices = torch.searchsorted(self.cumulative, draws, right=True).clamp(max=self.size - 1)
+        indices = self.order(self.size, self.epoch, generator)
         seeds = torch.randint(2**62, (self.size,), generator=generator)
         return zip(indices.tolist(), seeds.tolist(), strict=True)
 
@@ -151,20 +161,43 @@ class LabelledImages(Dataset):
     def __len__(self):
         return len(self.labels)
 
+    def subset(self, positions):
+        """The images at `positions` (NumPy) as a data set of its own, class_counts included."""
+        part = copy.copy(self)
+        for name in self.per_image:
+            setattr(part, name, getattr(self, name)[positions])
+        part.class_counts = torch.bincount(part.labels, minlength=self.num_classes)
+        return part
+
+
+def hold_out(dataset, per_class, seed=0):
+    """(rest, held out) of a training set: `per_class` random images of each class with twice as many or more.
+
+    The draws are those of `long_tail_subset`, the same in every run.
+    """
+    sizes = [per_class if count >= 2 * per_class else 0 for count in dataset.class_counts]
+    held = long_tail_subset(dataset.labels, sizes, seed)
+    return dataset.subset(np.setdiff1d(np.arange(len(dataset)), held)), dataset.subset(held)
+
 
 class ImagesInMemory(LabelledImages):
     """uint8 images [N, C, H, W] on `device`; augmented by a crop after zero `padding` and a flip."""
 
     workers = 0
+    per_image = "labels", "device_labels", "padded"
 
     def __init__(self, images, labels, *facts, padding=0, flip=False, device="cpu"):
         super().__init__(labels, *facts)
-        images, size = images.contiguous(memory_format=torch.channels_last), images.shape[-1]
-        padded = F.pad(images, (padding,) * 4).to(device)
-        # A view of all crops of all images: [N, 2 * padding + 1, 2 * padding + 1, C, H, W].
-        self.crops = padded.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
+        images = images.contiguous(memory_format=torch.channels_last)
+        self.padded = F.pad(images, (padding,) * 4).to(device)
         self.padding, self.flip, self.device_labels = padding, flip, self.labels.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
+
+    @property
+    def crops(self):
+        """All crops of all images, a view: [N, 2 * padding + 1, 2 * padding + 1, C, H, W]."""
+        size = self.shape[-1]
+        return self.padded.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
 
     def __getitems__(self, items):
         indices = torch.tensor(items).to(self.device_labels.device, non_blocking=True)
@@ -181,6 +214,8 @@ class ImagesInMemory(LabelledImages):
 
 class ImageFiles(LabelledImages):
     """Images decoded from files; augmented by a random resized crop, a flip and maybe colour jitter."""
+
+    per_image = "labels", "paths"
 
     def __init__(self, root, paths, labels, *facts, color_jitter=0.0, workers=2):
         super().__init__(labels, *facts)

@@ -6,8 +6,9 @@ classifier(features) -> [B, K]; forward(images) is classifier(features(images)).
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import nn
-from torchvision.models import resnet
+from torchvision.models import get_model_weights, resnet
 
 from common import cli
 
@@ -63,13 +64,11 @@ class BasicBlock(nn.Module):
 
 def cifar_backbone(depth, channels):
     """3x3 stem of 16 channels, then 3 stages of (depth - 2) / 6 blocks with 16, 32, 64 channels."""
-    layers = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    width = 16
-    for stage_width, stride in ((16, 1), (32, 2), (64, 2)):
-        for i in range((depth - 2) // 6):
-            layers.append(BasicBlock(width, stage_width, stride if i == 0 else 1))
-            width = stage_width
-    return nn.Sequential(*layers)
+    stages, blocks = [], (depth - 2) // 6
+    for before, width in ((16, 16), (16, 32), (32, 64)):
+        first = BasicBlock(before, width, stride=1 if before == width else 2)
+        stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1))))
+    return nn.Sequential(nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *stages)
 
 
 class LeNet(Network):
@@ -93,35 +92,47 @@ class LeNet(Network):
         return self.neck(self.feature_map(images).flatten(1))
 
 
-IMAGENET = {  # block, blocks per stage, width of the bottleneck
-    "resnet10": (resnet.BasicBlock, [1, 1, 1, 1], 64),
-    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2], 64),
-    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3], 64),
-    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3], 64),
-    "resnet152": (resnet.Bottleneck, [3, 8, 36, 3], 64),
-    "wide_resnet50_2": (resnet.Bottleneck, [3, 4, 6, 3], 128),
+IMAGENET = {  # block, blocks per stage, groups and width of the bottleneck
+    "resnet10": (resnet.BasicBlock, [1, 1, 1, 1], 1, 64),
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2], 1, 64),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3], 1, 64),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3], 1, 64),
+    "resnet152": (resnet.Bottleneck, [3, 8, 36, 3], 1, 64),
+    "resnext50_32x4d": (resnet.Bottleneck, [3, 4, 6, 3], 32, 4),
+    "resnext101_32x4d": (resnet.Bottleneck, [3, 4, 23, 3], 32, 4),
+    "resnext152_32x4d": (resnet.Bottleneck, [3, 8, 36, 3], 32, 4),
+    "wide_resnet50_2": (resnet.Bottleneck, [3, 4, 6, 3], 1, 128),
 }
 CIFAR = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56)}
 NAMES = (*CIFAR, *IMAGENET, "lenet")
 
 
-def imagenet_backbone(arch, channels):
-    block, blocks, width = IMAGENET[arch]
-    net = resnet.ResNet(block, blocks, width_per_group=width)
+def imagenet_backbone(arch, channels, pretrained):
+    block, blocks, groups, width = IMAGENET[arch]
+    net = resnet.ResNet(block, blocks, groups=groups, width_per_group=width)
+    if pretrained:
+        try:  # from torchvision's cache, else downloaded
+            with PartialState().main_process_first():
+                net.load_state_dict(get_model_weights(arch).IMAGENET1K_V1.get_state_dict(check_hash=True))
+        except Exception as e:  # a download fails in many ways
+            cli.fail(f"--pretrained: no ImageNet weights for --arch {arch} ({e}); use --no-pretrained")
     if channels != 3:
         net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     stages = (net.layer1, net.layer2, net.layer3, net.layer4)
     return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages), net.fc.in_features
 
 
-def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None):
+def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None, pretrained=False):
     """The network `arch` for images of `shape` (C, H, W); `seed` alone decides its first weights.
 
     CIFAR ResNets and LeNet: kaiming-normal convolutions and linear layers. ImageNet ResNets: torchvision's.
     cosine: the scale of a CosineClassifier (LDAM), which then replaces the linear one.
+    pretrained: the backbone starts from torchvision's ImageNet weights.
     """
     if arch not in NAMES:
         cli.fail(f"--arch {arch}: must be one of {', '.join(NAMES)}")
+    if pretrained and arch not in IMAGENET:
+        cli.fail(f"--pretrained: there are no ImageNet weights for --arch {arch}; use --no-pretrained")
     channels, size, _ = shape
 
     def make_classifier(width, num_classes):
@@ -130,7 +141,7 @@ def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if arch in IMAGENET:
-            backbone, width = imagenet_backbone(arch, channels)
+            backbone, width = imagenet_backbone(arch, channels, pretrained)
             return Network(backbone, make_classifier(width, num_classes)).to(
                 memory_format=torch.channels_last
             )
@@ -142,6 +153,28 @@ def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
         return net.to(memory_format=torch.channels_last)  # as the images: faster, on CPUs too
+
+
+def split_last_block(network):
+    """(trunk, last block with pooling): features(images) is block(trunk(images)); the modules are shared.
+
+    The last residual block of a ResNet; LeNet's linear layers below the classifier.
+    """
+    if isinstance(network, LeNet):
+        return network.backbone, nn.Sequential(nn.Flatten(), network.neck)
+    *before, stage = network.backbone
+    trunk = nn.Sequential(*before, nn.Sequential(*stage[:-1]))
+    return trunk, nn.Sequential(stage[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def load_weights(network, weights, source):
+    """Give the network `weights`, a state dict; one line that begins with `source` where they do not fit."""
+    own = network.state_dict()
+    for name in sorted({*weights, *own}):
+        there, here = (tuple(d[name].shape) if name in d else "missing" for d in (weights, own))
+        if there != here:
+            cli.fail(f"{source}: its network does not fit: {name} is {there} there and {here} here")
+    network.load_state_dict(weights)
 
 
 def count_parameters(module):

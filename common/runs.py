@@ -35,8 +35,8 @@ ACCURACIES = ("all", "many", "medium", "few")
 PER_CLASS = ("class_counts", "per_class")  # long, so only of the last epoch and in result.json
 
 
-def start(accelerator, args):
-    """The Run of `args`. Refuses, before anything is read or written, what cannot work."""
+def start(accelerator, args, epochs=None):
+    """The Run of `args`, of `epochs` (all stages; default args.epochs). Refuses at once what cannot work."""
     processes = accelerator.num_processes
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and processes == 1:
@@ -51,14 +51,15 @@ def start(accelerator, args):
     late = " ".join(str(step) for step in args.lr_steps if step >= args.epochs)
     if late:
         cli.say(f"note: --lr-steps {late}: not before the end of --epochs {args.epochs}, so without effect")
-    return Run(accelerator, args)
+    return Run(accelerator, args, args.epochs if epochs is None else epochs)
 
 
 class Run:
-    """What a loop tells and asks: first_epoch, track, begin_epoch, steps, record, end_epoch, finish."""
+    """What a loop tells and asks: track, begin_epoch, steps, record, end_epoch, finish."""
 
-    def __init__(self, accelerator, args):
+    def __init__(self, accelerator, args, epochs):
         self.accelerator, self.args, self.main = accelerator, args, accelerator.is_main_process
+        self.epochs = epochs  # of all stages
         self.is_command = type(args).__module__ == "__main__"  # and not called from Python
         self.script = Path(sys.modules[type(args).__module__].__file__).name
         name = [args.dataset, *([f"{args.imbalance:g}"] if args.imbalance else []), str(args.seed)]
@@ -68,6 +69,7 @@ class Run:
         self.commit = commit()  # of the code that runs, whatever is checked out later
         self.checkpoint = self.look()
         self.first_epoch = self.checkpoint["epoch"] + 1 if self.checkpoint else 0
+        self.is_made = self.checkpoint is not None
         accelerator.wait_for_everyone()  # all processes have looked before the first one writes
 
     # -------------------------------------------------------------------------------- folder and checkpoint
@@ -117,19 +119,24 @@ class Run:
         processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
         return {"script": self.script, "args": args, "num_processes": processes, "precision": precision}
 
-    def track(self, **objects):
-        """Name the objects (model, optimizer, ...) of checkpoints; make the folder, or load what it holds."""
+    def track(self, epochs, **objects):
+        """Begin the stage of the range `epochs` and return those that are left to run, numbered on.
+
+        objects (model, optimizer, ...) are what its checkpoints hold, and are loaded from the last of them.
+        """
+        self.stage, self.tracked = epochs, {}
         if self.accelerator.scaler is not None:
             objects["scaler"] = self.accelerator.scaler
         for name, thing in objects.items():
             is_module = isinstance(thing, torch.nn.Module)
             thing = self.accelerator.unwrap_model(thing, keep_torch_compile=False) if is_module else thing
             self.tracked[name] = thing
-            if self.checkpoint:
+        if self.checkpoint and self.checkpoint["epoch"] in epochs:
+            for name, thing in self.tracked.items():
                 thing.load_state_dict(self.checkpoint["state"][name])
-        if self.checkpoint:
+            self.checkpoint = None  # frees its memory
             cli.say(f"resumed {self.folder} after epoch {self.first_epoch}")
-        elif self.main:
+        elif self.main and not self.is_made:
             try:
                 (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
                 for file in (*self.files, *(self.folder / "checkpoint").glob("epoch_*")):
@@ -137,13 +144,15 @@ class Run:
                 write_file(self.files[0], json.dumps(self.facts()["args"], indent=1))
             except OSError as e:
                 cli.fail(f"--output-dir {self.folder}: cannot be written ({e.strerror})")
-        self.checkpoint = None  # frees its memory
+        self.is_made = True
+        return range(max(epochs.start, self.first_epoch), epochs.stop)
 
     # --------------------------------------------------------------------------------------------- an epoch
 
     def begin_epoch(self, epoch, *loaders):
         """Seed everything from (seed, epoch), so that a resumed run repeats the unbroken one."""
         self.epoch, self.begun, self.recorded = epoch, time.perf_counter(), {}
+        self.stats, self.rate = {"loss": None}, None  # of an epoch without steps
         seed = epoch_seed(self.args.seed, epoch, stream=99)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
@@ -153,7 +162,7 @@ class Run:
 
     def steps(self, loader):
         """The batches of `loader`, with a progress bar on a terminal and now and then a look at the loss."""
-        label = f"epoch {self.epoch + 1}/{self.args.epochs}"
+        label = f"epoch {self.epoch + 1}/{self.epochs}"
         bar = tqdm(loader, label, leave=False, disable=not (self.main and sys.stderr.isatty()))
         for step, batch in enumerate(bar, 1):
             yield batch
@@ -174,24 +183,26 @@ class Run:
             values = self.accelerator.reduce(torch.stack(values), reduction="mean").cpu()
             wrong = (~values.isfinite()).nonzero()
             if len(wrong):
-                lr = self.tracked["optimizer"].param_groups[0]["lr"]
                 where = f"epoch {self.epoch + 1}, step {wrong[0].item() + 1}"
-                how = f"lr {lr:g}, precision {self.accelerator.mixed_precision}"
+                how = f"lr {self.lr():g}, precision {self.accelerator.mixed_precision}"
                 kept = f"the checkpoint of epoch {self.epoch} is kept, " if self.epoch else ""
                 cli.fail(f"{name} is not finite in {where} ({how}); {kept}lower --lr")
             means[name] = values.double().mean().item()
         return means
 
+    def lr(self):
+        """The learning rate, of the first group; None in a stage without an optimiser."""
+        return self.tracked["optimizer"].param_groups[0]["lr"] if "optimizer" in self.tracked else None
+
     def end_epoch(self, epoch, accuracy):
         """Log the epoch and write its checkpoint. accuracy: what evaluation.per_split returned."""
         self.per_class = {name: accuracy.pop(name) for name in PER_CLASS}
-        lr = self.tracked["optimizer"].param_groups[0]["lr"]
-        line = {"epoch": epoch, "lr": lr, **self.stats, **accuracy, "images_per_second": self.rate}
+        line = {"epoch": epoch, "lr": self.lr(), **self.stats, **accuracy, "images_per_second": self.rate}
         line["seconds"] = time.perf_counter() - self.begun
         self.history.append(line)
-        shown = " ".join(f"{k} {'-' if line[k] is None else format(line[k], '.2f')}" for k in ACCURACIES)
-        head = f"epoch {epoch + 1}/{self.args.epochs} lr {lr:.3g} loss {line['loss']:.4f}"
-        cli.say(f"{head} {shown} ({line['seconds']:.1f} s)")
+        formats = {"lr": ".3g", "loss": ".4f", **dict.fromkeys(ACCURACIES, ".2f")}
+        shown = " ".join(f"{k} {'-' if line[k] is None else format(line[k], f)}" for k, f in formats.items())
+        cli.say(f"epoch {epoch + 1}/{self.epochs} {shown} ({line['seconds']:.1f} s)")
         if self.main:
             write_file(self.files[1], "".join(json.dumps(line) + "\n" for line in self.history))
             state = {name: thing.state_dict() for name, thing in self.tracked.items()}
@@ -203,19 +214,15 @@ class Run:
     def finish(self):
         """The result of the last epoch: a dict, one JSON line on stdout, and result.json."""
         accelerator, args, last, file = self.accelerator, self.args, self.history[-1], self.files[2]
-        if self.first_epoch == args.epochs and file.exists():  # a finished run, resumed
+        if self.first_epoch == self.epochs and file.exists():  # a finished run, resumed
             result = json.loads(file.read_text())
         else:
-            result = {k: getattr(args, k) for k in ("dataset", "imbalance", "seed", "epochs")}
-            result = {
-                "script": self.script,
-                **result,
-                **{k: last[k] for k in (*ACCURACIES, "top5", "ece", "loss")},
-            }
+            result = {"script": self.script}
+            result |= {k: getattr(args, k) for k in ("dataset", "imbalance", "seed", "epochs")}
+            result |= {k: v for k, v in last.items() if k not in ("epoch", "lr", "seconds")}
             result |= {
-                "best_on_test": max(line["all"] for line in self.history),
+                "best_on_test": max(line["all"] for line in self.history if line["epoch"] in self.stage),
                 "seconds": sum(line["seconds"] for line in self.history),
-                "images_per_second": last["images_per_second"],
                 "peak_memory_gb": peak_memory(accelerator.device) / 1e9,
                 "num_processes": accelerator.num_processes,
                 "device": device_name(accelerator.device),
@@ -234,6 +241,21 @@ class Run:
             print(json.dumps({k: v for k, v in result.items() if k not in PER_CLASS}), flush=True)
         accelerator.end_training()
         return result
+
+
+def read_finished(folder):
+    """(options, weights) of the finished run in `folder`. OSError says in one line what is missing."""
+    try:
+        args = json.loads(Path(folder, "result.json").read_text())["args"]
+    except (OSError, ValueError, KeyError):
+        raise OSError(
+            f"{folder}: holds no finished run (no result.json); name another, or finish it"
+        ) from None
+    checkpoint = load_checkpoint(Path(folder, "checkpoint"))
+    if checkpoint is None:
+        raise OSError(f"{folder}: its checkpoint is not there or damaged; train it again")
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
+    return args, checkpoint["state"]["model"]
 
 
 def weights_hash(model):
