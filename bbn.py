@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 from common import cli, datasets, evaluation, models, runs
 
 # Settings of the released code (CIFAR, iNaturalist), of a user (ImageNet-LT) and our own (the others), one
-# row per data set; an option given on the command line wins. (119, 159) are epochs 120 and 160 counted from 1.
+# row per data set; an option given on the command line wins. (119, 159): epochs 120 and 160 counted from 1.
 # fmt: off
 CIFAR = dict(arch="resnet32", epochs=200, lr_steps=(119, 159), wd=2e-4, baseline_lr_steps=(160, 180))
 INAT = dict(arch="resnet50", imbalance=None, epochs=180, lr=0.05, lr_steps=(119, 159), lr_factor=0.1,
@@ -127,7 +127,8 @@ class BBN(nn.Module):
 
     def __init__(self, arch, num_classes, seed, shape, joint_trunk=False):
         super().__init__()
-        network, another = (models.build(arch, num_classes, s, shape) for s in (seed, seed + 2**32))
+        seeds = seed, datasets.epoch_seed(seed, epoch=0, stream=2)  # the blocks start apart
+        network, another = (models.build(arch, num_classes, s, shape) for s in seeds)
         self.trunk, self.cb_block = models.split_last_block(network)
         _, self.rb_block = models.split_last_block(another)
         torch.manual_seed(seed)

@@ -64,7 +64,8 @@ RECIPES = {
     "image_folder": FILES,
     "image_list": FILES,
     "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), wd=5e-4, warmup=2,
-                      crt_epochs=10, lws_epochs=10, stage2_cosine=True, stage2_wd=5e-4),
+                      crt_epochs=10, lws_epochs=10, stage2_cosine=True, stage2_wd=5e-4,
+                      bn_train_in_stage2=False),
 }
 # fmt: on
 Q = {"instance": 1.0, "square-root": 0.5, "class": 0.0}  # of Eq. (1)
@@ -192,7 +193,7 @@ def make_sampler(train_set, stage, args):
         how["order"] = rounds
     elif args.sampling != "instance":  # each image on its own: those of class j share its p_j
         how["weights"] = (class_probabilities(counts, Q[args.sampling]) / counts)[labels]
-    return datasets.EpochSampler(train_set, args.seed, stage, **how)
+    return datasets.EpochSampler(train_set, args.seed, stream=stage - 1, **how)
 
 
 class ScaledClassifier(nn.Module):
@@ -332,8 +333,7 @@ def make_stages(args):
         names = ("lr", "lr_steps", "lr_factor", "warmup", "cosine", "wd")
         own = {name: getattr(args, f"stage2_{name}") for name in names}
         own |= dict(epochs=epochs, sampling="class", mixup_alpha=0.0, backbone_lr=1.0)
-        begin = 0 if args.stage1 else args.epochs
-        stages.append((2, dataclasses.replace(args, **own), range(begin, begin + epochs)))
+        stages.append((2, dataclasses.replace(args, **own), range(args.epochs, args.epochs + epochs)))
     return stages
 
 

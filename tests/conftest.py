@@ -60,6 +60,22 @@ def launch(script, processes=1, env=None, cwd=ROOT, **options):
     )
 
 
+def kill_at(folder, moment):
+    """Environment in which a run kills itself right after step S of epoch E, "E:S", on any machine."""
+    (folder / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if os.environ.get('KILL_AT'):\n"
+        "    import common.runs as runs\n"
+        "    record, epoch, step = runs.Run.record, *map(int, os.environ['KILL_AT'].split(':'))\n"
+        "    def killing(self, **values):\n"
+        "        record(self, **values)\n"
+        "        if self.epoch == epoch and len(self.recorded['loss']) == step:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    runs.Run.record = killing\n"
+    )
+    return dict(KILL_AT=moment, PYTHONPATH=f"{folder}{os.pathsep}{ROOT}")
+
+
 def result_of(done):
     """The one JSON line on a script's stdout."""
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
 import signal
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 from common import cli
-from tests.conftest import ROOT, SCRIPTS, TINY, command, environment, launch, result_of
+from tests.conftest import ROOT, SCRIPTS, TINY, command, environment, kill_at, launch, result_of
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(
@@ -22,7 +21,11 @@ COMMANDS = sorted(
 )
 EXACT = dict(arch="lenet", epochs=3, lr=0.02)  # no BatchNorm, whose statistics are each process's own
 # Options that make each script use all of its method within three epochs.
-METHOD = {"cmo.py": dict(mix_start=-1, mix_end=0, p_mix=0.7, drw=True, drw_epoch=1, loss="bs")}
+METHOD = {
+    "bbn.py": dict(),
+    "cmo.py": dict(mix_start=-1, mix_end=0, p_mix=0.7, drw=True, drw_epoch=1, loss="bs"),
+    "decoupled_crt.py": dict(sampling="square-root", crt_epochs=1, stage2_lr=0.02),
+}
 
 
 def options(script, folder, **more):
@@ -111,21 +114,7 @@ def test_killed_and_resumed_equals_unbroken(script, processes, tmp_path):
     """SIGKILL amid the second epoch; the resumed run ends with the unbroken one's weights, bit for bit."""
     unbroken = result_of(launch(script, processes, **options(script, tmp_path / "unbroken", epochs=3)))
     broken = options(script, tmp_path / "broken", epochs=3)
-    # The run kills itself in step 5 of epoch 1, so that the kill falls there on any machine.
-    hook = tmp_path / "sitecustomize.py"
-    hook.write_text(
-        "import os, signal, sys\n"
-        "if os.environ.get('KILL_AT'):\n"
-        "    import common.runs as runs\n"
-        "    record, epoch, step = runs.Run.record, *map(int, os.environ['KILL_AT'].split(':'))\n"
-        "    def killing(self, **values):\n"
-        "        record(self, **values)\n"
-        "        if self.epoch == epoch and len(self.recorded['loss']) == step:\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    runs.Run.record = killing\n"
-    )
-    env = dict(KILL_AT="1:5", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    killed = launch(script, processes, env=env, **broken)
+    killed = launch(script, processes, env=kill_at(tmp_path, "1:5"), **broken)
     assert killed.returncode != 0 and killed.stdout == ""
     assert len(losses(tmp_path / "broken")) == 1
     resumed = result_of(launch(script, processes, **broken, resume="auto"))
