@@ -55,7 +55,7 @@ RECIPES = {
     "fashion_mnist_lt": MNIST,
     "image_folder": FILES,
     "image_list": FILES,
-    "synthetic": dict(epochs=40, batch_size=32, lr_steps=(24, 32), wd=5e-4, warmup=2),
+    "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), wd=5e-4, warmup=2),
 }
 # fmt: on
 Q = {"reversed": -1, "balanced": 0, "uniform": 1}  # exponent of the class counts, by --rebalancing
@@ -100,6 +100,16 @@ def class_probabilities(class_counts, q):
     """Probability p_j = n_j^q / sum_k n_k^q of drawing each class [K]; q = -1 is the reversed sampler's."""
     powers = class_counts.double().pow(q)
     return powers / powers.sum()
+
+
+def streams(train_set, args):
+    """Samplers of the natural and the rebalanced batches; the latter None for the methods of one batch."""
+    natural = datasets.EpochSampler(train_set, args.seed, stream=0)
+    if args.method not in ("bbn", "manifold2"):
+        return natural, None
+    probabilities = class_probabilities(train_set.class_counts, Q[args.rebalancing])
+    weights = (probabilities / train_set.class_counts)[train_set.labels]  # of an image: p_j / n_j
+    return natural, datasets.EpochSampler(train_set, args.seed, stream=1, weights=weights)
 
 
 def alpha_at(epoch, epochs, adaptor="parabolic", index="code", divisor=None):
@@ -180,6 +190,14 @@ class Mixed(nn.Module):
         return self.upper(lam * hidden + (1 - lam) * partners)
 
 
+def make_model(train_set, args):
+    """BBN, or the plain network of the baselines."""
+    what = args.arch, train_set.num_classes, args.seed, train_set.shape
+    if args.method == "bbn":
+        return BBN(*what, args.joint_trunk)
+    return Mixed(models.build(*what), args.mix_layer if args.method.startswith("manifold") else "input")
+
+
 def mixed_loss(logits, labels, other_labels, alpha):
     """Eq. (3): alpha * CE(z, labels) + (1 - alpha) * CE(z, other_labels), means over the batch, in nats."""
     first, second = (F.cross_entropy(logits, y) for y in (labels, other_labels))
@@ -234,22 +252,13 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args)
     train_set, test_set = datasets.load(args)
-    class_counts = train_set.class_counts
-    weights = (class_probabilities(class_counts, Q[args.rebalancing]) / class_counts)[train_set.labels]
-    natural = datasets.EpochSampler(train_set, args.seed, stream=0)
-    rebalanced = datasets.EpochSampler(train_set, args.seed, 1, weights)  # class i, then an image of it
-    two = args.method in ("bbn", "manifold2")
-    sampler = datasets.PairSampler(natural, rebalanced if two else None)
+    sampler = datasets.PairSampler(*streams(train_set, args))
     options = datasets.loader_options(train_set)
     train_loader = DataLoader(
         datasets.Pairs(train_set), args.batch_size, sampler=sampler, drop_last=True, **options
     )
     test_loader = DataLoader(test_set, args.batch_size, **options)
-    if args.method == "bbn":
-        model = BBN(args.arch, train_set.num_classes, args.seed, train_set.shape, args.joint_trunk)
-    else:
-        network = models.build(args.arch, train_set.num_classes, args.seed, train_set.shape)
-        model = Mixed(network, args.mix_layer if args.method.startswith("manifold") else "input")
+    model = make_model(train_set, args)
     nesterov = args.method == "bbn"
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=nesterov
@@ -260,7 +269,7 @@ def main(args: Args) -> dict:
         run.begin_epoch(epoch, train_loader)
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, args)
         train_one_epoch(run, model, train_loader, optimizer, epoch, args)
-        accuracy = evaluation.per_split(accelerator, model, test_loader, class_counts, args)
+        accuracy = evaluation.per_split(accelerator, model, test_loader, train_set.class_counts, args)
         run.end_epoch(epoch, accuracy)
     return run.finish()
 

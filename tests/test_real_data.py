@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from common import datasets, evaluation
-from common.cli import Args
+from common.cli import Args, build
 
 FOLDER = os.environ.get("LONGTAIL_DATA")
 pytestmark = [
@@ -79,3 +79,21 @@ def test_published_lists():
     for name, count, classes in (("ImageNet_LT_test", 50000, 1000), ("iNaturalist18_val", 24426, 8142)):
         paths, labels = datasets.read_list(Path(FOLDER, "lists", f"{name}.txt"), classes)
         assert len(paths) == count and len(np.unique(labels)) == classes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["mnist_lt", "fashion_mnist_lt"])
+def test_the_study_of_crt(dataset, tmp_path):
+    """CSA's study: the head is learned, the tail is not, and cRT finds it in the same features."""
+    import decoupled_crt
+
+    def run(classifier, **more):
+        given = dict(
+            dataset=dataset, data_dir=FOLDER, classifier=classifier, output_dir=str(tmp_path / classifier)
+        )
+        return decoupled_crt.main(build(decoupled_crt.Args, decoupled_crt.RECIPES, **given, **more))
+
+    joint = run("joint")
+    crt = run("crt", stage1=str(tmp_path / "joint"))
+    assert joint["many"] > 93 and joint["few"] < 20
+    assert crt["all"] > joint["all"] + 10 and crt["few"] > 35

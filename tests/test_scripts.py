@@ -27,6 +27,9 @@ METHOD = {
     "decoupled_crt.py": dict(sampling="square-root", crt_epochs=1, stage2_lr=0.02),
 }
 
+# What is the same in every script, and long, is tested with one; with the others by `make test-slow`.
+FIRST = [pytest.param(script, marks=[pytest.mark.slow] * (script != "cmo.py")) for script in SCRIPTS]
+
 
 def options(script, folder, **more):
     return {**TINY, **METHOD[script], "output_dir": folder, **more}
@@ -70,7 +73,7 @@ def test_two_processes_are_one(script, tmp_path):
     assert two["ece"] == pytest.approx(one["ece"], abs=0.1)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_same_command_twice(script, tmp_path):
     first, second, other = (
         result_of(launch(script, **options(script, tmp_path / str(i), seed=seed, epochs=2)))
@@ -123,7 +126,7 @@ def test_killed_and_resumed_equals_unbroken(script, processes, tmp_path):
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_batch_that_the_processes_cannot_share(script, tmp_path):
     done = launch(script, processes=2, **options(script, tmp_path / "run", batch_size=15))
     assert done.returncode != 0 and done.stdout == ""
@@ -131,13 +134,20 @@ def test_batch_that_the_processes_cannot_share(script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "extra", [dict(ACCELERATE_MIXED_PRECISION="bf16"), dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR")]
-)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_precision_and_compilation(script, extra, tmp_path):
-    """As `accelerate launch --mixed_precision bf16` and `--dynamo_backend inductor` set them."""
-    small = options(script, tmp_path / "run", arch="lenet", epochs=1, lr_steps=(), drw=False, lr=0.02)
+def test_precision(script, tmp_path):
+    """As `accelerate launch --mixed_precision bf16` sets it."""
+    compare_with_plain(script, dict(ACCELERATE_MIXED_PRECISION="bf16"), tmp_path)
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_compilation(script, tmp_path):
+    """As `accelerate launch --dynamo_backend inductor` sets it."""
+    compare_with_plain(script, dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR"), tmp_path)
+
+
+def compare_with_plain(script, extra, tmp_path):
+    small = options(script, tmp_path / "run", arch="lenet", epochs=2, lr=0.02)
     result = result_of(launch(script, env=extra, **small))
     assert result["precision"] == extra.get("ACCELERATE_MIXED_PRECISION", "no")
     assert result["compiler"] == extra.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()

@@ -139,6 +139,22 @@ def test_weighted_draws():
     assert shares[[0, 3, 5]].sum() == 0
 
 
+def test_an_order_of_its_own():
+    """`order` gets the size, the epoch and a generator that is a function of (seed, epoch, stream)."""
+    asked = []
+
+    def order(size, epoch, generator):
+        asked.append((size, epoch, torch.rand(1, generator=generator).item()))
+        return torch.arange(size) % 3
+
+    sampler = datasets.EpochSampler(range(3), 0, order=order, size=7)
+    for epoch in (0, 4, 0):
+        sampler.set_epoch(epoch)
+        assert [index for index, _ in sampler] == [0, 1, 2, 0, 1, 2, 0]
+    assert len(sampler) == 7 and [call[:2] for call in asked] == [(7, 0), (7, 4), (7, 0)]
+    assert asked[0] == asked[2] and asked[0][2] != asked[1][2]
+
+
 def test_pairs_load_only_what_is_wanted():
     asked = []
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models import ResNet50_Weights, resnet
 
 from common import models
 from tests.conftest import refusal
@@ -81,9 +82,41 @@ def test_initial_weights_follow_from_the_seed():
 
 def test_kaiming_initialisation():
     net = models.build("resnet32", 100, 0)
-    weight = net.backbone[5].conv1.weight  # 16 channels in: standard deviation sqrt(2 / (16 * 9))
+    weight = net.backbone[3][2].conv1.weight  # 16 channels in: standard deviation sqrt(2 / (16 * 9))
     assert weight.std().item() == pytest.approx((2 / 144) ** 0.5, rel=0.05)
     assert net.classifier.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+
+
+def test_resnext():
+    """torchvision's ResNeXt-50 32x4d without its classifier has 22,979,904 parameters."""
+    net = models.build("resnext50_32x4d", 7, 0)
+    assert models.count_parameters(net.backbone) == 22_979_904
+
+
+def test_pretrained_weights_are_torchvision_s(monkeypatch):
+    """Asked for by name, put into the backbone; a failed download takes one line."""
+    source = resnet.resnet50()
+    state = {name: torch.full_like(t, 0.5) for name, t in source.state_dict().items()}
+    asked = []
+
+    def get_state_dict(self, **options):
+        asked.append(self)
+        return state
+
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", get_state_dict)
+    net = models.build("resnet50", 7, 0, pretrained=True)
+    assert asked == [ResNet50_Weights.IMAGENET1K_V1]
+    assert net.backbone[0].weight.eq(0.5).all() and net.backbone[7][2].conv3.weight.eq(0.5).all()
+    assert not net.classifier.weight.eq(0.5).any()
+
+
+def test_pretrained_weights_that_cannot_be_had(monkeypatch, capsys):
+    def offline(self, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", offline)
+    line = refusal(lambda: models.build("resnet50", 7, 0, pretrained=True), capsys)
+    assert line.startswith("--pretrained: no ImageNet weights for --arch resnet50 (no route to host)")
 
 
 def test_cosine_weights_survive_the_initialisation():
