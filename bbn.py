@@ -4,7 +4,7 @@ Paper:    B. Zhou, Q. Cui, X.-S. Wei, Z.-M. Chen, "BBN: Bilateral-Branch Network
           Long-Tailed Visual Recognition", CVPR 2020, arXiv:1912.02413.
 Method:   1. draw one batch as the data are, one by P_i ~ 1 / N_i per class     Samplers, class_probabilities
           2. share the network but for its last block, which exists twice, and mix the branches:
-             z = 2 * (alpha * W_c f_c + (1 - alpha) * W_r f_r) + b                              Eq. (1), BBN
+             z = 2 * (alpha * W_c f_c + (1 - alpha) * W_r f_r) + b                  Eq. (1) of the code, BBN
           3. loss = alpha * CE(z, y_c) + (1 - alpha) * CE(z, y_r)                        Eq. (3), mixed_loss
           4. alpha falls with the epochs, 1 - (t / T)^2                       Cumulative learning, alpha_at
           5. predict by both branches, as with alpha = 1/2: W_c f_c + W_r f_r + b             Inference, BBN
@@ -12,14 +12,16 @@ Method:   1. draw one batch as the data are, one by P_i ~ 1 / N_i per class     
 Differs:  where paper and released code disagree, this follows the code: the factor 2 and the one bias in z,
           t = epoch - 1 counted from 1 (so alpha is 1 at first), T = 100 for 90 epochs and 200 for 180,
           milestones hold from that epoch on, counted from 1, random resized crops of 224 pixels.
-          Unlike the code: ResNet-50 starts from torchvision's initialisation; the result is the last epoch.
-          The 90 epochs ("1x") on iNaturalist are --epochs 90 --lr-steps 59 79. The authors have no setting
-          for ImageNet-LT, ours is a user's. Baselines follow LDAM's code: rate down at 160 and 180, warm-up
-          linear from lr / 5, no Nesterov momentum. Manifold mixup of two samplers was not released, this is
-          our reading. Of LeNet the linear layers below the classifier are the block that exists twice.
+          Unlike the code: ResNet-50 starts from torchvision's initialisation; iNaturalist is normalised by
+          its own mean and deviation; the result is the last epoch. "1x" on iNaturalist is --epochs 90
+          --lr-steps 59 79. The authors have no setting for ImageNet-LT, ours is a user's. The baselines have
+          no Nesterov momentum and a warm-up linear from lr / 5, on CIFAR the steps 160 and 180, as LDAM's
+          code. Manifold mixup of two samplers was not released, this is our reading. Of LeNet the linear
+          layers below the classifier exist twice.
           One process and several differ in the partners of mixup and in BatchNorm statistics alone.
 Expected: ResNet-32, imbalance 100 / 50 / 10: cifar10_lt 79.8 / 82.2 / 88.3 all, cifar100_lt 42.6 / 47.0 /
-          59.1 (paper, best epoch on the test set; a user measured 79.5 for cifar10_lt 50). inat2018,
+          59.1 (paper, best epoch on the test set; a user measured 79.5 for cifar10_lt 50). cifar10_lt 100: CE
+          70.4 (copied from LDAM; reruns give 72), mixup 73.1, manifold 73.0, manifold2 73.1. inat2018,
           ResNet-50: 66.3 (1x), 69.6 (2x); inat2017: 63.4, 65.8. Ours: see README.
 Run:      accelerate launch bbn.py --dataset cifar10_lt --imbalance 100
 """
@@ -39,7 +41,7 @@ from common import cli, datasets, evaluation, models, runs
 # Settings of the released code (CIFAR, iNaturalist), of a user (ImageNet-LT) and our own (the others), one
 # row per data set; an option given on the command line wins. (119, 159): epochs 120 and 160 counted from 1.
 # fmt: off
-CIFAR = dict(arch="resnet32", epochs=200, lr_steps=(119, 159), wd=2e-4, baseline_lr_steps=(160, 180))
+CIFAR = dict(arch="resnet32", epochs=200, lr_steps=cli.By("method", {"bbn": (119, 159)}, (160, 180)), wd=2e-4)
 INAT = dict(arch="resnet50", imbalance=None, epochs=180, lr=0.05, lr_steps=(119, 159), lr_factor=0.1,
             wd=1e-4, warmup=0)
 MNIST = dict(arch="lenet", epochs=8, lr=0.01, lr_steps=(6,), warmup=0)
@@ -58,8 +60,14 @@ RECIPES = {
     "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), wd=5e-4, warmup=2),
 }
 # fmt: on
-Q = {"reversed": -1, "balanced": 0, "uniform": 1}  # exponent of the class counts, by --rebalancing
+Q = {"reversed": -1, "class": 0, "instance": 1}  # exponent of the class counts in the second batch's law
 ADAPTORS = ("parabolic", "linear", "cosine", "increment", "equal", "beta", "stages")
+TWO = ("bbn", "manifold2")  # the methods of two batches
+MANIFOLD = ("manifold", "manifold2")
+OF = dict(
+    adaptor=("bbn",), alpha_index=("bbn",), alpha_epochs=("bbn",), joint_trunk=("bbn",), rebalancing=TWO
+)
+OF |= dict(mix_alpha=("mixup", *MANIFOLD), mix_layer=MANIFOLD)  # the methods that have an option
 
 
 @dataclass
@@ -78,7 +86,7 @@ class Args(cli.Args):
     )
     rebalancing: str = cli.option(
         "reversed",
-        "how the second batch is drawn: class probability ~ 1 / n_k, the same for all classes, or ~ n_k",
+        "law of the second batch: class probability ~ 1 / n_k, class-balanced, or instance-balanced",
         choices=tuple(Q),
     )
     joint_trunk: bool = cli.option(
@@ -91,9 +99,23 @@ class Args(cli.Args):
     warmup: int = cli.option(5, "epochs of linear warm-up", least=0)
     lr_factor: float = cli.option(0.01, "factor on the learning rate at each of --lr-steps", above=0)
     cosine: bool = cli.option(False, "cosine schedule instead of --lr-steps")
-    baseline_lr_steps: tuple[int, ...] = cli.option(
-        (), "--lr-steps of the other methods (default: the same)", least=0
-    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, methods in OF.items():
+            value = getattr(self, name)
+            if self.method not in methods and value != getattr(Args, name):
+                cli.fail(f"{cli.flag(name)} {value}: is of --method {', '.join(methods)}; leave it out")
+        if self.alpha_epochs and self.alpha_index == "paper":
+            cli.fail("--alpha-epochs: is of --alpha-index code; leave one of them out")
+        if self.alpha_epochs and self.alpha_epochs < self.epochs:
+            cli.fail(
+                f"--alpha-epochs {self.alpha_epochs}: at least --epochs {self.epochs}, or alpha ends below 0"
+            )
+        if self.mix_layer != "pooled" and self.arch == "lenet":
+            cli.fail(f"--mix-layer {self.mix_layer}: lenet has no such stage; use pooled")
+        if self.cosine and self.lr_steps:
+            cli.fail("--lr-steps: have no effect on a cosine; leave them out, or add --no-cosine")
 
 
 def class_probabilities(class_counts, q):
@@ -105,7 +127,7 @@ def class_probabilities(class_counts, q):
 def streams(train_set, args):
     """Samplers of the natural and the rebalanced batches; the latter None for the methods of one batch."""
     natural = datasets.EpochSampler(train_set, args.seed, stream=0)
-    if args.method not in ("bbn", "manifold2"):
+    if args.method not in TWO:
         return natural, None
     probabilities = class_probabilities(train_set.class_counts, Q[args.rebalancing])
     weights = (probabilities / train_set.class_counts)[train_set.labels]  # of an image: p_j / n_j
@@ -129,10 +151,12 @@ def alpha_at(epoch, epochs, adaptor="parabolic", index="code", divisor=None):
 
 
 class BBN(nn.Module):
-    """A trunk, a conventional and a re-balancing block, and one classifier [W_c | W_r], b of [f_c ; f_r].
+    """A trunk, a conventional and a re-balancing block, one classifier W = [W_c | W_r], b of both features.
 
-    z = 2 * (alpha * W_c f_c + (1 - alpha) * W_r f_r) + b, [B, K], Eq. (1): f_c of images, f_r of others.
-    Without others both blocks see the images and alpha is 1/2, so the factor 2 keeps the scale of training.
+    z = W [2 alpha f_c ; 2 (1 - alpha) f_r] + b = 2 (alpha W_c f_c + (1 - alpha) W_r f_r) + b, Eq. (1) of the
+    code: f_c of `images`, f_r of `others`, [B, C, H, W] both; z [B, K]. To predict, both blocks see the same
+    images and alpha is 1/2: z = W [f_c ; f_r] + b. So the factor 2 keeps the scale, and one classifier of
+    both features is the sum of two with one bias.
     """
 
     def __init__(self, arch, num_classes, seed, shape, joint_trunk=False):
@@ -141,13 +165,14 @@ class BBN(nn.Module):
         network, another = (models.build(arch, num_classes, s, shape) for s in seeds)
         self.trunk, self.cb_block = models.split_last_block(network)
         _, self.rb_block = models.split_last_block(another)
-        torch.manual_seed(seed)
-        self.classifier = nn.Linear(2 * network.classifier.in_features, num_classes)
+        with models.seeded(seed):
+            self.classifier = nn.Linear(2 * network.classifier.in_features, num_classes)
         self.joint_trunk = joint_trunk
 
     def forward(self, images, others=None, alpha=0.5):
         if others is None:
             lower = others = self.trunk(images)
+            alpha = 0.5
         elif self.joint_trunk:
             lower, others = self.trunk(torch.cat([images, others])).chunk(2)
         else:
@@ -165,10 +190,9 @@ class Mixed(nn.Module):
     def __init__(self, network, layer):
         super().__init__()
         self.network, self.layer = network, layer
-        stages = [i for i, part in enumerate(network.backbone) if isinstance(part, nn.Sequential)]
-        if layer.startswith("layer") and len(stages) < int(layer[5:]):
-            cli.fail(f"--mix-layer {layer}: the network has no such stage; use pooled")
-        self.cut = stages[int(layer[5:]) - 1] + 1 if layer.startswith("layer") else None
+        if layer.startswith("layer"):
+            stages = [i for i, part in enumerate(network.backbone) if isinstance(part, nn.Sequential)]
+            self.cut = stages[int(layer[5:]) - 1] + 1
 
     def lower(self, images):
         if self.layer == "pooled":
@@ -195,30 +219,29 @@ def make_model(train_set, args):
     what = args.arch, train_set.num_classes, args.seed, train_set.shape
     if args.method == "bbn":
         return BBN(*what, args.joint_trunk)
-    return Mixed(models.build(*what), args.mix_layer if args.method.startswith("manifold") else "input")
+    return Mixed(models.build(*what), args.mix_layer if args.method in MANIFOLD else "input")
 
 
-def mixed_loss(logits, labels, other_labels, alpha):
-    """Eq. (3): alpha * CE(z, labels) + (1 - alpha) * CE(z, other_labels), means over the batch, in nats."""
+def mixed_loss(logits, labels, other_labels, share):
+    """Eq. (3): share * CE(z, labels) + (1 - share) * CE(z, other_labels), means over the batch, in nats."""
     first, second = (F.cross_entropy(logits, y) for y in (labels, other_labels))
-    return alpha * first + (1 - alpha) * second
+    return share * first + (1 - share) * second
 
 
-def mixed_accuracy(logits, labels, other_labels, alpha):
+def mixed_accuracy(logits, labels, other_labels, share):
     """Training accuracy in percent, weighted as the loss."""
     first, second = (100 * (logits.argmax(1) == y).float().mean() for y in (labels, other_labels))
-    return alpha * first + (1 - alpha) * second
+    return share * first + (1 - share) * second
 
 
 def learning_rate(epoch, args):
-    """Learning rate of the 0-based `epoch`: warm-up from a third (BBN) or linear, then steps or a cosine."""
+    """Learning rate of the 0-based `epoch`: linear warm-up, of BBN from lr / 3 on, then steps or a cosine."""
     warm = min(1.0, (epoch + 1) / max(args.warmup, 1))
     if args.method == "bbn":
         warm = (1 - warm) / 3 + warm
     if args.cosine:
         return args.lr * warm * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-    steps = args.lr_steps if args.method == "bbn" else args.baseline_lr_steps or args.lr_steps
-    return args.lr * warm * args.lr_factor ** sum(epoch >= step for step in steps)
+    return args.lr * warm * args.lr_factor ** sum(epoch >= step for step in args.lr_steps)
 
 
 def train_one_epoch(run, model, loader, optimizer, epoch, args):
@@ -227,24 +250,23 @@ def train_one_epoch(run, model, loader, optimizer, epoch, args):
     draws = np.random.RandomState(datasets.epoch_seed(args.seed, epoch, stream=3) % 2**32)
     for (images, labels), other in run.steps(loader):
         if args.method == "ce":
-            alpha, other_labels = 1.0, labels
-            logits = model(images)
+            share, logits, other_labels = 1.0, model(images), labels
         elif args.method == "bbn":
-            alpha = alpha_at(epoch, args.epochs, args.adaptor, args.alpha_index, args.alpha_epochs)
-            alpha = draws.beta(0.2, 0.2) if alpha is None else alpha
-            logits, other_labels = model(images, other[0], alpha), other[1]
+            share = alpha_at(epoch, args.epochs, args.adaptor, args.alpha_index, args.alpha_epochs)
+            share = draws.beta(0.2, 0.2) if share is None else share
+            logits, other_labels = model(images, other[0], share), other[1]
         else:
-            alpha = draws.beta(args.mix_alpha, args.mix_alpha)
-            if other is None:  # each process permutes its share of the batch
+            share = draws.beta(args.mix_alpha, args.mix_alpha)  # lambda
+            if args.method == "manifold2":
+                logits, other_labels = model(images, share, others=other[0]), other[1]
+            else:  # each process permutes its share of the batch
                 order = torch.randperm(len(labels)).to(labels.device, non_blocking=True)
-                logits, other_labels = model(images, alpha, order), labels[order]
-            else:
-                logits, other_labels = model(images, alpha, others=other[0]), other[1]
-        loss = mixed_loss(logits, labels, other_labels, alpha)
+                logits, other_labels = model(images, share, order), labels[order]
+        loss = mixed_loss(logits, labels, other_labels, share)
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
-        run.record(loss=loss, train_accuracy=mixed_accuracy(logits, labels, other_labels, alpha))
+        run.record(loss=loss, train_accuracy=mixed_accuracy(logits, labels, other_labels, share))
 
 
 def main(args: Args) -> dict:
@@ -259,10 +281,8 @@ def main(args: Args) -> dict:
     )
     test_loader = DataLoader(test_set, args.batch_size, **options)
     model = make_model(train_set, args)
-    nesterov = args.method == "bbn"
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=nesterov
-    )
+    how = dict(momentum=0.9, weight_decay=args.wd, nesterov=args.method == "bbn")
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, **how)
     model, optimizer = accelerator.prepare(model, optimizer)
     train_loader, test_loader = accelerator.prepare(train_loader, test_loader)
     for epoch in run.track(range(args.epochs), model=model, optimizer=optimizer):

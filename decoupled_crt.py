@@ -44,12 +44,13 @@ from common import cli, datasets, evaluation, models, runs
 # our own (the rest), one row per data set; an option given on the command line wins.
 # fmt: off
 CIFAR = dict(arch="resnet32", epochs=200, lr_steps=(160, 180), wd=2e-4, samples_per_class=0,
-             crt_epochs=30, lws_epochs=30, stage2_lr_steps=(9, 19), stage2_warmup=5, stage2_wd=5e-4,
+             stage2_epochs=30, stage2_lr_steps=(9, 19), stage2_warmup=5, stage2_wd=5e-4,
              stage2_nesterov=True)
 LARGE = dict(arch="resnet50", imbalance=None, epochs=90, batch_size=512, lr=0.2, wd=5e-4, warmup=0,
-             cosine=True, stage2_lr=0.2, stage2_wd=5e-4, stage2_cosine=True)
+             cosine=True, stage2_epochs=cli.By("classifier", {"lws": 5}, 10), stage2_lr=0.2, stage2_wd=5e-4,
+             stage2_cosine=True)
 MNIST = dict(arch="lenet", epochs=8, momentum=0.0, warmup=0, cosine=True, cosine_start=0, cosine_epochs=8,
-             crt_epochs=4, lws_epochs=4, crt_init="stage1", stage2_cosine=True, bn_train_in_stage2=False,
+             stage2_epochs=4, crt_init="stage1", stage2_cosine=True, bn_train_in_stage2=False,
              full_epochs=True, many_over=2000, few_under=200)
 FILES = dict(LARGE, batch_size=128, lr=0.05, stage2_lr=0.05)
 RECIPES = {
@@ -58,14 +59,13 @@ RECIPES = {
     "imagenet_lt": dict(LARGE, color_jitter=0.4),
     "places_lt": dict(LARGE, arch="resnet152", pretrained=True, last_block=True, epochs=30, batch_size=256,
                       lr=0.1, backbone_lr=0.1, stage2_lr=0.1, color_jitter=0.4),
-    "inat2018": dict(LARGE, wd=1e-4, stage2_wd=1e-4, crt_epochs=30),
+    "inat2018": dict(LARGE, wd=1e-4, stage2_wd=1e-4, stage2_epochs=cli.By("classifier", {"lws": 5}, 30)),
     "mnist_lt": MNIST,
     "fashion_mnist_lt": MNIST,
     "image_folder": FILES,
     "image_list": FILES,
     "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), wd=5e-4, warmup=2,
-                      crt_epochs=10, lws_epochs=10, stage2_cosine=True, stage2_wd=5e-4,
-                      bn_train_in_stage2=False),
+                      stage2_epochs=10, stage2_cosine=True, stage2_wd=5e-4, bn_train_in_stage2=False),
 }
 # fmt: on
 Q = {"instance": 1.0, "square-root": 0.5, "class": 0.0}  # of Eq. (1)
@@ -101,8 +101,7 @@ class Args(cli.Args):
     pretrained: bool = cli.option(False, "start from torchvision's ImageNet weights")
     last_block: bool = cli.option(False, "train only the last residual block and the classifier in stage 1")
     backbone_lr: float = cli.option(1.0, "factor on the learning rate of all but the classifier", above=0)
-    crt_epochs: int = cli.option(10, "epochs of stage 2, cRT", least=1)
-    lws_epochs: int = cli.option(5, "epochs of stage 2, LWS", least=1)
+    stage2_epochs: int = cli.option(10, "epochs of stage 2, of cRT and LWS", least=1)
     crt_init: str = cli.option("new", "classifier that cRT starts from", choices=("new", "stage1"))
     stage2_lr: float = cli.option(0.1, "learning rate of stage 2", above=0)
     stage2_lr_steps: tuple[int, ...] = cli.option((), "epochs of stage 2 at which it falls", least=0)
@@ -135,6 +134,10 @@ class Args(cli.Args):
             self.held_out = 10 if chosen else 0
         if chosen and not self.held_out:
             cli.fail("--held-out 0: tau is chosen on held-out images; use 10, or give --tau")
+        for prefix in ("", "stage2_"):
+            if getattr(self, f"{prefix}cosine") and getattr(self, f"{prefix}lr_steps"):
+                flags = cli.flag(f"{prefix}lr_steps"), cli.flag(f"no_{prefix}cosine")
+                cli.fail(f"{flags[0]}: have no effect on a cosine; leave them out, or add {flags[1]}")
         if self.stage1 and self.classifier == "joint":
             cli.fail(
                 "--classifier joint: has no stage 2 to go on with from --stage1; use crt, lws, tau or ncm"
@@ -328,7 +331,7 @@ def make_network(train_set, weights, args):
 def make_stages(args):
     """(number, options, epochs) of each stage; epochs count on, stage 2's options have stage 1's names."""
     stages = [] if args.stage1 else [(1, args, range(args.epochs))]
-    epochs = {"joint": 0, "crt": args.crt_epochs, "lws": args.lws_epochs}.get(args.classifier, 1)
+    epochs = {"joint": 0, "tau": 1, "ncm": 1}.get(args.classifier, args.stage2_epochs)
     if epochs:
         names = ("lr", "lr_steps", "lr_factor", "warmup", "cosine", "wd")
         own = {name: getattr(args, f"stage2_{name}") for name in names}

@@ -1,6 +1,7 @@
 """Options: one typed dataclass per script becomes its command line.
 
 Where a value comes from, last one wins: the field's default, the script's RECIPES[dataset], the command line.
+A recipe's value may go by another option (By).
 """
 
 import argparse
@@ -34,6 +35,19 @@ def option(default, help, *, choices=None, least=None, above=None, most=None, hi
     """
     limits = dict(choices=choices, least=least, above=above, most=most, hint=hint)
     return dataclasses.field(default=default, metadata=dict(help=help, bare=bare, **limits))
+
+
+class By:
+    """A recipe's value that goes by another option: By("method", {"bbn": (119, 159)}, (160, 180))."""
+
+    def __init__(self, option, values, other):
+        self.option, self.values, self.other = option, values, other
+
+
+def resolve(values):
+    """`values` with every By replaced by what it says."""
+    own = {name: v.values.get(values[v.option], v.other) for name, v in values.items() if isinstance(v, By)}
+    return {**values, **own}
 
 
 @dataclass
@@ -154,8 +168,9 @@ def make_parser(args_class, doc, defaults):
         hint, default, extra = hints[field.name], defaults[field.name], field.metadata
         kind, *rest = typing.get_args(hint) or (hint,)  # of `float | None` and `tuple[int, ...]` the first
         help = extra["help"].replace("%", "%%")
-        if default not in (None, ()) and kind is not bool:
-            help += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+        if default not in (None, (), False):
+            shown = "on" if default is True else default
+            help += f" (default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
         if kind is bool:
             keywords = dict(action=argparse.BooleanOptionalAction)
         else:
@@ -181,7 +196,8 @@ def build(args_class, recipes, **given):
     dataset = given.get("dataset", args_class.dataset)
     if dataset not in recipes:
         fail(f"--dataset {dataset}: not one of {', '.join(recipes)}{nearest(dataset, recipes)}")
-    return args_class(**{**recipes[dataset], **given})
+    defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
+    return args_class(**resolve({**defaults, **recipes[dataset], **given}))
 
 
 def dashes(word):
@@ -197,7 +213,11 @@ def parse(args_class, recipes, doc, argv=None):
     first.add_argument("--dataset", default=args_class.dataset, nargs="?")
     dataset = first.parse_known_args(words)[0].dataset
     defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
-    parser = make_parser(args_class, doc, {**defaults, **recipes.get(dataset, {}), "dataset": dataset})
+    defaults |= recipes.get(dataset, {}) | {"dataset": dataset}
+    for name in {value.option for value in defaults.values() if isinstance(value, By)}:
+        first.add_argument(flag(name), default=defaults[name], dest=name)
+    chosen = vars(first.parse_known_args(words)[0])
+    parser = make_parser(args_class, doc, resolve(defaults | chosen))
     given, unknown = parser.parse_known_args(words)
     if unknown:
         near = nearest(unknown[0], parser._option_string_actions)

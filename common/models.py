@@ -4,6 +4,8 @@ Every network has feature_map(images) -> [B, D, h, w], features(images) -> [B, D
 classifier(features) -> [B, K]; forward(images) is classifier(features(images)).
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -122,6 +124,14 @@ def imagenet_backbone(arch, channels, pretrained):
     return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages), net.fc.in_features
 
 
+@contextmanager
+def seeded(seed):
+    """Draw what is drawn inside from `seed`, and leave the generator outside alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU alone
+        yield
+
+
 def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None, pretrained=False):
     """The network `arch` for images of `shape` (C, H, W); `seed` alone decides its first weights.
 
@@ -138,8 +148,7 @@ def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None, pretrained
     def make_classifier(width, num_classes):
         return CosineClassifier(width, num_classes, cosine) if cosine else nn.Linear(width, num_classes)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         if arch in IMAGENET:
             backbone, width = imagenet_backbone(arch, channels, pretrained)
             return Network(backbone, make_classifier(width, num_classes)).to(

@@ -49,8 +49,8 @@ def test_reversed_probabilities():
 
 
 def test_the_other_samplers():
-    close(bbn.class_probabilities(COUNTS, bbn.Q["balanced"]), [1 / 3] * 3)
-    close(bbn.class_probabilities(COUNTS, bbn.Q["uniform"]), [500 / 555, 50 / 555, 5 / 555])
+    close(bbn.class_probabilities(COUNTS, bbn.Q["class"]), [1 / 3] * 3)
+    close(bbn.class_probabilities(COUNTS, bbn.Q["instance"]), [500 / 555, 50 / 555, 5 / 555])
 
 
 @pytest.mark.parametrize("u, image", [(1.0, 499), (1.01, 500), (55.5, 554)])
@@ -65,7 +65,7 @@ def test_cumulative_draw(u, image, monkeypatch):
 
 @pytest.fixture
 def loaders(tmp_path, monkeypatch):
-    """options -> (the training loader of main, its training set)."""
+    """options -> what main hands to train_one_epoch: its loader, model and optimizer."""
 
     def of(**options):
         seen = {}
@@ -86,6 +86,9 @@ def loaders(tmp_path, monkeypatch):
 def test_both_streams(loaders, rebalancing):
     """Each image once beside as many draws by the rebalancing law, over 40 epochs; the rest is dropped."""
     loader = loaders(rebalancing=rebalancing)["loader"]
+    natural, second = loader.batch_sampler.sampler.first, loader.batch_sampler.sampler.second
+    assert sorted(index for index, _ in natural) == list(range(1236))  # each image once
+    assert (natural.stream, second.stream) == (0, 1)  # drawn apart
     counts = torch.tensor([500, 299, 179, 107, 64, 38, 23, 13, 8, 5])
     natural, drawn = [], []
     for epoch in range(40):
@@ -125,7 +128,7 @@ def test_parabolic_decay():
     assert bbn.alpha_at(0, 200) == 1.0
     close(alphas([46, 60, 80, 90], 90), [0.7975, 0.6519, 0.3759, 0.2079], 1e-9)  # D = 100
     close(alphas([91, 120, 180], 180), [0.7975, 0.645975, 0.198975], 1e-9)  # D = 200
-    close(alphas([51], 90, "parabolic", "code", 50), [0.0], 1e-9)  # --alpha-epochs
+    close(alphas([51], 90, "parabolic", "code", 500), [0.99], 1e-9)  # --alpha-epochs
 
 
 @pytest.mark.parametrize(
@@ -144,11 +147,11 @@ def test_adaptors(adaptor, at_51, at_151):
 
 def test_separated_stages():
     assert alphas([120, 121], 200, "stages") == [1.0, 0.0]
+    assert alphas([60, 61], 100, "stages") == [1.0, 0.0]  # the same share of other lengths
 
 
 def test_beta_is_drawn_by_batch():
     assert bbn.alpha_at(50, 200, "beta") is None
-    assert set(bbn.ADAPTORS) == {"parabolic", "linear", "cosine", "increment", "equal", "beta", "stages"}
 
 
 # The network
@@ -196,6 +199,7 @@ def test_inference_uses_both_branches_without_scaling():
     features = torch.cat([network.cb_block(lower), network.rb_block(lower)], 1)
     torch.testing.assert_close(network(images), network.classifier(features))
     torch.testing.assert_close(network(images), network(images, images, 0.5))
+    assert network(images, alpha=0.9).equal(network(images))
 
 
 def test_one_classifier_is_the_sum_of_two():
@@ -225,6 +229,14 @@ def test_parameter_counts(arch, classes, total):
     assert len(network.trunk[-1]) == {32: 4, 224: 2}[size]  # blocks left in the last stage
     names = {name.split(".")[0] for name, _ in network.named_parameters()}
     assert names == {"trunk", "cb_block", "rb_block", "classifier"}
+
+
+def test_parameters_of_the_backbones():
+    """What BBN adds to the plain backbone is one block."""
+    for arch, plain, ours in (("resnet32", 463_504, 537_488), ("resnet50", 23_508_032, 27_970_624)):
+        assert models.count_parameters(models.build(arch, 10, 0).backbone) == plain
+        network = bbn.BBN(arch, 10, 0, (3, 32, 32))
+        assert models.count_parameters(network) - models.count_parameters(network.classifier) == ours
 
 
 def test_shapes():
@@ -332,10 +344,32 @@ def test_layers_are_the_stages():
     assert hidden.shape == (2, 128, 8, 8)
 
 
-def test_layer_that_is_not_there(capsys):
-    network = models.build("lenet", 10, 0, (1, 28, 28))
-    line = refusal(lambda: bbn.Mixed(network, "layer1"), capsys)
-    assert line == "--mix-layer layer1: the network has no such stage; use pooled"
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (
+            dict(method="manifold", mix_layer="layer1", arch="lenet"),
+            "--mix-layer layer1: lenet has no such stage; use pooled",
+        ),
+        (dict(alpha_epochs=2), "--alpha-epochs 2: at least --epochs 10, or alpha ends below 0"),
+        (
+            dict(alpha_epochs=20, alpha_index="paper"),
+            "--alpha-epochs: is of --alpha-index code; leave one of them out",
+        ),
+        (
+            dict(cosine=True, lr_steps=(3,)),
+            "--lr-steps: have no effect on a cosine; leave them out, or add --no-cosine",
+        ),
+        (dict(method="ce", adaptor="linear"), "--adaptor linear: is of --method bbn; leave it out"),
+        (
+            dict(method="mixup", rebalancing="class"),
+            "--rebalancing class: is of --method bbn, manifold2; leave it out",
+        ),
+        (dict(mix_alpha=0.2), "--mix-alpha 0.2: is of --method mixup, manifold, manifold2; leave it out"),
+    ],
+)
+def test_options_without_effect_are_refused(options, line, capsys):
+    assert refusal(lambda: Args(**options), capsys) == line
 
 
 def test_mixed_accuracy():
@@ -366,6 +400,10 @@ def test_learning_rate_of_the_baselines():
     epochs = [1, 5, 119, 160, 161, 180, 181]
     expected = [0.02, 0.1, 0.1, 0.1, 1e-3, 1e-3, 1e-5]
     close(rates(epochs, dataset="cifar100_lt", method="mixup"), expected, 1e-9)
+    given = rates([12, 13], dataset="cifar100_lt", method="ce", lr_steps=(12,))  # the command line wins
+    close(given, [0.1, 1e-3], 1e-9)
+    given = dict(method="mixup", cosine=True, lr_steps=())
+    close(rates([101], dataset="cifar10_lt", **given), [0.05], 1e-9)
 
 
 def test_recipes_are_the_published_ones():
@@ -458,25 +496,90 @@ def test_step_with_beta_draws_a_new_alpha(monkeypatch):
     assert alpha == 0.9 and recorded["loss"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_beta_is_drawn_anew_by_batch_from_seed_and_epoch():
+    def asked(seed, epoch):
+        model, run, batch = Answer([[2.0, 1.0, 0.0]] * 2), OneStep(), (ZEROS, torch.tensor([0, 1]))
+        seen, forward = [], model.forward
+        model.forward = lambda *a: seen.append(a[2]) or forward(*a)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        bbn.train_one_epoch(
+            run, model, [(batch, batch)] * 3, optimizer, epoch, Args(adaptor="beta", seed=seed)
+        )
+        return seen
+
+    first = asked(0, 1)
+    assert len(set(first)) == 3 and all(0 <= alpha <= 1 for alpha in first)
+    assert first == asked(0, 1) and first != asked(0, 2) and first != asked(1, 1)
+
+
+@pytest.mark.parametrize(
+    "options, alpha", [(dict(alpha_index="paper"), 0.75), (dict(alpha_epochs=400), 1 - 99**2 / 400**2)]
+)
+def test_step_uses_the_options_of_alpha(options, alpha):
+    """Epoch 100 of 200."""
+    batch = (ZEROS, torch.tensor([0, 1])), (ONES, torch.tensor([2, 0]))
+    assert one_step(Args(epochs=200, **options), 99, batch)[0][2] == pytest.approx(alpha)
+
+
 def test_steps_of_the_baselines(monkeypatch):
+    wanted = []
+
     class Fixed:
         def beta(self, a, b):
-            assert (a, b) == (1.0, 1.0)
+            wanted.append((a, b))
             return 0.75
 
     monkeypatch.setattr(np.random, "RandomState", lambda seed: Fixed())
     labels, others = torch.tensor([0, 1]), torch.tensor([2, 0])
     asked, recorded = one_step(Args(method="ce"), 0, ((ZEROS, labels), None))
     assert len(asked) == 2 and recorded["loss"] == pytest.approx((EACH[0] + EACH[1]) / 2, abs=1e-6)
-    for method in ("mixup", "manifold"):
-        (first, lam, order, _), recorded = one_step(Args(method=method), 0, ((ZEROS, labels), None))
-        torch.manual_seed(0)
-        assert first is ZEROS and lam == 0.75 and order.equal(torch.randperm(2))
-        assert recorded["loss"] == pytest.approx((EACH[0] + EACH[1]) / 2, abs=1e-6)  # the same two labels
     (first, lam, named), recorded = one_step(Args(method="manifold2"), 0, ((ZEROS, labels), (ONES, others)))
     assert first is ZEROS and lam == 0.75 and named["others"] is ONES
     expected = 0.75 * (EACH[0] + EACH[1]) / 2 + 0.25 * (EACH[2] + EACH[0]) / 2
     assert recorded["loss"] == pytest.approx(expected, abs=1e-6)
+    assert wanted == [(1.0, 1.0)]
+
+
+@pytest.mark.parametrize("method", ["mixup", "manifold"])
+def test_labels_go_with_the_order(method, monkeypatch):
+    """Row i is blended with row order[i], and so are the labels; lambda ~ Beta of --mix-alpha."""
+    wanted = []
+
+    class Fixed:
+        def beta(self, a, b):
+            wanted.append((a, b))
+            return 0.75
+
+    monkeypatch.setattr(np.random, "RandomState", lambda seed: Fixed())
+    logits, labels = torch.tensor([[3.0, 1, 0], [0, 2, 5], [1, 0, 7], [2, 2, 0]]), torch.tensor([0, 1, 2, 0])
+    model, run = Answer(logits.tolist()), OneStep()
+    torch.manual_seed(1)
+    order = torch.randperm(4)
+    assert not order[order].equal(torch.arange(4))  # no order that is its own inverse
+    torch.manual_seed(1)
+    images = torch.zeros(4, 3, 4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    args = Args(method=method, mix_alpha=0.4)
+    bbn.train_one_epoch(run, model, [((images, labels), None)], optimizer, 0, args)
+    first, lam, asked, _ = model.asked
+    assert first is images and lam == 0.75 and asked.equal(order) and wanted == [(0.4, 0.4)]
+    expected = 0.75 * F.cross_entropy(logits, labels) + 0.25 * F.cross_entropy(logits, labels[order])
+    assert run.recorded["loss"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_models_of_the_methods():
+    train_set = datasets.load(Args())[0]
+    for method, layer in (
+        ("ce", "input"),
+        ("mixup", "input"),
+        ("manifold", "layer2"),
+        ("manifold2", "layer2"),
+    ):
+        given = dict(mix_layer="layer2") if method in bbn.MANIFOLD else {}
+        assert bbn.make_model(train_set, Args(method=method, **given)).layer == layer
+        assert (bbn.streams(train_set, Args(method=method))[1] is None) == (method != "manifold2")
+    for joint in (False, True):
+        assert bbn.make_model(train_set, Args(joint_trunk=joint)).joint_trunk == joint
 
 
 # Runs
@@ -485,9 +588,9 @@ def test_steps_of_the_baselines(monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(adaptor="beta", rebalancing="balanced"),
+        dict(adaptor="beta", rebalancing="class"),
         dict(alpha_index="paper", joint_trunk=True),
-        dict(adaptor="stages", rebalancing="uniform", arch="lenet"),
+        dict(adaptor="stages", rebalancing="instance", arch="lenet"),
         dict(method="mixup"),
         dict(method="manifold", mix_layer="layer2"),
         dict(method="manifold2"),

@@ -96,3 +96,14 @@ def test_only_the_first_process_speaks(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.fail("on this\none", here=True)
     assert capsys.readouterr().err == "on this one\n"
+
+
+def test_recipe_that_goes_by_another_option(capsys):
+    recipes = {"synthetic": dict(lr_steps=cli.By("arch", {"lenet": (6,)}, (28, 36)))}
+    assert cli.parse(cli.Args, recipes, "", []).lr_steps == (28, 36)
+    assert cli.parse(cli.Args, recipes, "", ["--arch", "lenet"]).lr_steps == (6,)
+    assert cli.parse(cli.Args, recipes, "", ["--arch=lenet", "--lr-steps", "3"]).lr_steps == (3,)
+    assert cli.build(cli.Args, recipes, arch="lenet").lr_steps == (6,)
+    with pytest.raises(SystemExit):
+        cli.parse(cli.Args, recipes, "", ["--arch", "lenet", "--help"])
+    assert "(default: 6)" in capsys.readouterr().out

@@ -139,6 +139,18 @@ def test_weighted_draws():
     assert shares[[0, 3, 5]].sum() == 0
 
 
+def test_fingerprints_of_the_subset():
+    """Legacy draws, worked out elsewhere: of [0] * 5 + [1] * 5 + [2] * 5 and of i % 10."""
+    kept = datasets.long_tail_subset(np.repeat([0, 1, 2], 5), [5, 3, 1])
+    assert kept.tolist() == [2, 0, 1, 3, 4, 5, 7, 6, 11]
+    labels, counts = np.arange(1000) % 10, datasets.long_tail_counts(100, 10, 100)
+    assert counts == [100, 59, 35, 21, 12, 7, 4, 2, 1, 1]
+    kept = datasets.long_tail_subset(labels, counts)
+    assert len(kept) == 242 and kept.sum() == 121360
+    firsts = np.cumsum([0, *counts[:-1]])
+    assert kept[firsts].tolist() == [260, 181, 422, 543, 894, 935, 936, 987, 28, 969]
+
+
 def test_an_order_of_its_own():
     """`order` gets the size, the epoch and a generator that is a function of (seed, epoch, stream)."""
     asked = []
