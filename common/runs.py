@@ -54,6 +54,16 @@ def start(accelerator, args, epochs=None):
     return Run(accelerator, args, args.epochs if epochs is None else epochs)
 
 
+def script_of(args):
+    return Path(sys.modules[type(args).__module__].__file__).name
+
+
+def output_folder(args):
+    """args.output_dir, by default runs/SCRIPT/DATASET_IMBALANCE_SEED."""
+    name = [args.dataset, *([f"{args.imbalance:g}"] if args.imbalance else []), str(args.seed)]
+    return Path(args.output_dir or Path("runs", Path(script_of(args)).stem, "_".join(name)))
+
+
 class Run:
     """What a loop tells and asks: track, begin_epoch, steps, record, end_epoch, finish."""
 
@@ -61,9 +71,8 @@ class Run:
         self.accelerator, self.args, self.main = accelerator, args, accelerator.is_main_process
         self.epochs = epochs  # of all stages
         self.is_command = type(args).__module__ == "__main__"  # and not called from Python
-        self.script = Path(sys.modules[type(args).__module__].__file__).name
-        name = [args.dataset, *([f"{args.imbalance:g}"] if args.imbalance else []), str(args.seed)]
-        self.folder = Path(args.output_dir or Path("runs", Path(self.script).stem, "_".join(name)))
+        self.script = script_of(args)
+        self.folder = output_folder(args)
         self.files = [self.folder / name for name in ("args.json", "metrics.jsonl", "result.json")]
         self.history, self.per_class, self.tracked, self.recorded = [], {}, {}, {}
         self.commit = commit()  # of the code that runs, whatever is checked out later
@@ -185,8 +194,8 @@ class Run:
             if len(wrong):
                 where = f"epoch {self.epoch + 1}, step {wrong[0].item() + 1}"
                 how = f"lr {self.lr():g}, precision {self.accelerator.mixed_precision}"
-                kept = f"the checkpoint of epoch {self.epoch} is kept, " if self.epoch else ""
-                cli.fail(f"{name} is not finite in {where} ({how}); {kept}lower --lr")
+                kept = f"the checkpoint of epoch {self.epoch} is kept, " if self.history else ""
+                cli.fail(f"{name} is not finite in {where} ({how}); {kept}lower the learning rate")
             means[name] = values.double().mean().item()
         return means
 
@@ -211,8 +220,8 @@ class Run:
 
     # ------------------------------------------------------------------------------------------- the result
 
-    def finish(self):
-        """The result of the last epoch: a dict, one JSON line on stdout, and result.json."""
+    def finish(self, **facts):
+        """The result of the last epoch, and facts: a dict, one JSON line on stdout, and result.json."""
         accelerator, args, last, file = self.accelerator, self.args, self.history[-1], self.files[2]
         if self.first_epoch == self.epochs and file.exists():  # a finished run, resumed
             result = json.loads(file.read_text())
@@ -231,8 +240,9 @@ class Run:
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, accelerate, np)},
                 "commit": self.commit,
                 "command": shlex.join([self.script, *sys.argv[1:]]) if self.is_command else None,
-                "weights_sha256": weights_hash(self.tracked["model"]),
+                "weights_sha256": weights_hash(self.tracked["model"].state_dict()),
                 "args": self.facts()["args"],
+                **facts,
                 **self.per_class,
             }
             if self.main:
@@ -246,22 +256,23 @@ class Run:
 def read_finished(folder):
     """(options, weights) of the finished run in `folder`. OSError says in one line what is missing."""
     try:
-        args = json.loads(Path(folder, "result.json").read_text())["args"]
+        result = json.loads(Path(folder, "result.json").read_text())
+        args = {name: tuple(v) if isinstance(v, list) else v for name, v in result["args"].items()}
     except (OSError, ValueError, KeyError):
         raise OSError(
             f"{folder}: holds no finished run (no result.json); name another, or finish it"
         ) from None
     checkpoint = load_checkpoint(Path(folder, "checkpoint"))
-    if checkpoint is None:
-        raise OSError(f"{folder}: its checkpoint is not there or damaged; train it again")
-    args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
-    return args, checkpoint["state"]["model"]
+    weights = checkpoint and checkpoint["state"]["model"]
+    if checkpoint is None or weights_hash(weights) != result["weights_sha256"]:
+        raise OSError(f"{folder}: its last checkpoint is not there or damaged; train it again")
+    return args, weights
 
 
-def weights_hash(model):
-    """SHA-256 over the names and bytes of a module's parameters and buffers."""
+def weights_hash(state):
+    """SHA-256 over the names and bytes of a module's parameters and buffers, a state dict."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

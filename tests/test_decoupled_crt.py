@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
@@ -200,7 +201,7 @@ def test_tau_curve_averages_over_classes():
 def test_tau_is_chosen_on_held_out_images(tmp_path):
     result = decoupled_crt.main(tiny(tmp_path, classifier="tau"))
     assert result["args"]["held_out"] == 10
-    assert result["tau"] == decoupled_crt.TAUS[int(np.argmax(result["tau_curve"]))]
+    assert result["tau"] == decoupled_crt.best_tau(result["tau_curve"])
     assert result["class_counts"] == [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]  # the splits go by all images
     joint = decoupled_crt.main(tiny(tmp_path, "joint", classifier="joint"))
     lines = [
@@ -209,6 +210,28 @@ def test_tau_is_chosen_on_held_out_images(tmp_path):
     ]
     assert lines[0]["loss"] != lines[1]["loss"]  # stage 1 has not seen them
     assert joint["args"]["held_out"] == 0
+
+
+@pytest.mark.parametrize(
+    "accuracies, tau",
+    [({}, 1.0), ({0.3: 60.0}, 0.3), ({0.3: 60.0, 1.9: 61.0}, 1.9), ({0.3: 60.0, 1.5: 60.0, 1.9: 60.0}, 1.5)],
+)
+def test_best_tau(accuracies, tau):
+    """The highest accuracy; of equal ones the nearest to 1."""
+    assert decoupled_crt.best_tau([accuracies.get(t, 50.0) for t in decoupled_crt.TAUS]) == tau
+
+
+@pytest.mark.parametrize("classifier, images", [("tau", 70), ("ncm", 1236)])
+def test_images_that_set_the_classifier(tmp_path, monkeypatch, classifier, images):
+    """tau: the held-out images; NCM: the training set. Never the test set of 1,000."""
+    asked, extract = [], decoupled_crt.extract
+    spy = lambda a, n, dataset, args: asked.append(dataset) or extract(a, n, dataset, args)  # noqa: E731
+    monkeypatch.setattr(decoupled_crt, "extract", spy)
+    decoupled_crt.main(tiny(tmp_path, classifier=classifier))
+    (dataset,) = asked
+    assert len(dataset) == images
+    if classifier == "tau":
+        assert dataset.labels.bincount(minlength=10).tolist() == [10] * 7 + [0] * 3
 
 
 def test_scaled_classifier():
@@ -378,11 +401,11 @@ def test_pretrained_networks_need_an_imagenet_one(capsys):
 
 
 class Answer(nn.Module):
-    """Answers every image with the same logits and keeps what it was shown."""
+    """Answers with the logits it was given and keeps what it was shown."""
 
     def __init__(self, logits):
         super().__init__()
-        self.logits, self.shown = nn.Parameter(torch.tensor(logits)), None
+        self.logits, self.shown = nn.Parameter(logits.clone()), None
 
     def forward(self, images):
         self.shown = images
@@ -402,43 +425,44 @@ class OneStep:
         self.loss = loss.item()
 
 
-def one_step(args, labels):
-    model, run = Answer([[2.0, 1.0, 0.0]] * len(labels)), OneStep()
-    images = torch.arange(len(labels)).float().view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+LOGITS, LABELS = torch.tensor([[3.0, 1, 0], [0, 2, 5], [1, 0, 7], [2, 2, 0]]), torch.tensor([0, 1, 2, 0])
+
+
+def one_step(args):
+    model, run = Answer(LOGITS), OneStep()
+    images = torch.arange(4.0).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    torch.manual_seed(0)
-    decoupled_crt.train_one_epoch(run, model, [(images, torch.tensor(labels))], optimizer, 1, 0, args)
-    return model, run.loss
+    torch.manual_seed(1)
+    decoupled_crt.train_one_epoch(run, model, [(images, LABELS)], optimizer, 1, 0, args)
+    assert not model.logits.equal(LOGITS)
+    return model.shown[:, 0, 0, 0], run.loss
 
 
 def test_plain_step():
-    model, loss = one_step(Args(), [0, 2])
-    assert loss == pytest.approx((0.407606 + 2.407606) / 2, abs=1e-6)
-    assert model.shown[:, 0, 0, 0].tolist() == [0.0, 1.0] and model.logits[0, 0] > 2
+    shown, loss = one_step(Args())
+    assert shown.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert loss == pytest.approx(F.cross_entropy(LOGITS, LABELS).item(), abs=1e-6)
 
 
 def test_mixup_step(monkeypatch):
     """x' = lam x + (1 - lam) x[order], loss = lam CE(y) + (1 - lam) CE(y[order]), one lam for the batch."""
-
-    lam = 0.75
+    lam, asked = 0.75, []
 
     class Fixed:
         def beta(self, a, b):
-            assert (a, b) == (1.0, 1.0)
+            asked.append((a, b))
             return lam
 
     monkeypatch.setattr(np.random, "RandomState", lambda seed: Fixed())
-    labels = [0, 2, 1, 1]
-    model, loss = one_step(Args(mixup_alpha=1.0), labels)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     order = torch.randperm(4)
-    assert order.tolist() != [0, 1, 2, 3]
-    close(model.shown[:, 0, 0, 0], 0.75 * torch.arange(4) + 0.25 * order, 1e-6)
-    each = torch.tensor([0.407606, 1.407606, 2.407606])
-    expected = 0.75 * each[labels].mean() + 0.25 * each[torch.tensor(labels)[order]].mean()
-    assert loss == pytest.approx(expected.item(), abs=1e-6)
+    assert not order[order].equal(torch.arange(4))  # no order that is its own inverse
+    shown, loss = one_step(Args(mixup_alpha=0.4))
+    close(shown, 0.75 * torch.arange(4) + 0.25 * order, 1e-6)
+    expected = 0.75 * F.cross_entropy(LOGITS, LABELS) + 0.25 * F.cross_entropy(LOGITS, LABELS[order])
+    assert loss == pytest.approx(expected.item(), abs=1e-6) and asked == [(0.4, 0.4)]
     lam = 1.0  # is the plain step
-    assert one_step(Args(mixup_alpha=1.0), labels)[1] == one_step(Args(), labels)[1]
+    assert one_step(Args(mixup_alpha=0.4))[1] == one_step(Args())[1]
 
 
 # Both stages
@@ -485,12 +509,43 @@ def test_both_in_one_command_are_one_after_the_other(tmp_path, stage1, classifie
     assert lines[0] == 2 + lines[1]
 
 
-def test_stage_1_brings_its_options(tmp_path, stage1):
-    result = decoupled_crt.main(tiny(tmp_path, stage1=str(stage1), lr=0.3, epochs=7, sampling="class"))
-    assert result["args"]["lr"] == TINY["lr"] and result["args"]["epochs"] == TINY["epochs"]
-    assert result["args"]["sampling"] == "instance" and result["args"]["lr_steps"] == [1]
-    again = tiny(tmp_path, stage1=str(stage1), lr=0.3, epochs=7, sampling="class", resume="yes")
-    assert decoupled_crt.main(again)["weights_sha256"] == result["weights_sha256"]
+def test_stage_1_brings_its_options(tmp_path, stage1, capsys):
+    """Told, and recorded; what was given for a stage 1 that is not run does not count."""
+    given = dict(
+        lr=0.3, epochs=7, lr_factor=0.5, warmup=3, wd=0.1, sampling="class", mixup_alpha=1.0, cosine=True
+    )
+    given |= dict(
+        lr_steps=(), backbone_lr=0.5, last_block=True, pretrained=True, stage2_lr=0.02, momentum=0.5
+    )
+    result = decoupled_crt.main(tiny(tmp_path, stage1=str(stage1), **given))
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert f"note: --lr 0.05 of stage 1 in {stage1}, not 0.3" in notes and len(notes) == 12
+    theirs = json.loads((stage1 / "result.json").read_text())["args"]
+    assert all(result["args"][name] == theirs[name] for name in decoupled_crt.TRAINING)
+    assert (result["args"]["stage2_lr"], result["args"]["momentum"]) == (0.02, 0.5)
+    assert json.loads(json.dumps(result["stage1_args"])) == theirs
+    again = decoupled_crt.main(tiny(tmp_path, stage1=str(stage1), **given, resume="yes"))
+    assert again["weights_sha256"] == result["weights_sha256"]
+
+
+def test_stage_1_is_not_overwritten(tmp_path, stage1, capsys, monkeypatch):
+    line = refusal(
+        lambda: decoupled_crt.main(Args(stage1=str(stage1), output_dir=str(stage1), overwrite=True)), capsys
+    )
+    assert line == f"--stage1 {stage1}: would be the folder of stage 2, too; name another --output-dir"
+    monkeypatch.chdir(tmp_path)
+    args = Args(stage1="runs/decoupled_crt/synthetic_100_0")  # the default folder
+    assert "name another --output-dir" in refusal(lambda: decoupled_crt.main(args), capsys)
+    assert (stage1 / "result.json").exists()
+
+
+def test_damaged_stage_1(tmp_path, capsys):
+    """The epoch before the last is not taken for it."""
+    decoupled_crt.main(tiny(tmp_path, "joint", classifier="joint"))
+    (tmp_path / "joint/checkpoint/epoch_0001.pt").write_bytes(b"")
+    capsys.readouterr()
+    line = refusal(lambda: decoupled_crt.main(tiny(tmp_path, stage1=str(tmp_path / "joint"))), capsys)
+    assert line.endswith("joint: its last checkpoint is not there or damaged; train it again")
 
 
 def test_stage_1_may_be_of_another_script(tmp_path):
@@ -522,12 +577,12 @@ def test_stage_1_that_does_not_fit(tmp_path, stage1, capsys, options, words):
 
 def test_weights_that_do_not_fit(capsys):
     network = models.build("resnet8", 10, 0)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     line = refusal(
         lambda: models.load_weights(network, models.build("resnet8", 5, 0).state_dict(), "F"), capsys
     )
     assert line == "F: its network does not fit: classifier.bias is (5,) there and (10,) here"
-    before = network.state_dict()["classifier.weight"].clone()
-    assert network.state_dict()["classifier.weight"].equal(before)
+    assert all(network.state_dict()[name].equal(before[name]) for name in before)
 
 
 def test_options_that_do_not_fit_together(capsys):
@@ -566,6 +621,41 @@ def test_runs(tmp_path, options):
     assert all(
         np.isfinite(line["loss"] or 0) for line in map(json.loads, (tmp_path / "run/metrics.jsonl").open())
     )
+
+
+def test_each_stage_has_its_own_rate(tmp_path):
+    options = dict(lr=0.05, stage2_lr=0.03, stage2_warmup=2, stage2_lr_steps=(1,), stage2_lr_factor=0.5)
+    decoupled_crt.main(tiny(tmp_path, **options))
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run/metrics.jsonl").open()]
+    close(rates, [0.05, 0.0005, 0.015, 0.015], 1e-9)
+
+
+def test_rates_of_the_parts(tmp_path, monkeypatch):
+    """Stage 1: the rest of the network at --backbone-lr times the classifier's rate."""
+    seen, train = [], decoupled_crt.train_one_epoch
+
+    def spy(run, model, loader, optimizer, *rest):
+        seen.append([(len(group["params"]), group["lr"]) for group in optimizer.param_groups])
+        train(run, model, loader, optimizer, *rest)
+
+    monkeypatch.setattr(decoupled_crt, "train_one_epoch", spy)
+    decoupled_crt.main(
+        tiny(tmp_path, backbone_lr=0.1, last_block=True, epochs=1, lr_steps=(), stage2_epochs=1)
+    )
+    assert seen == [[(2, 0.05), (6, pytest.approx(0.005))], [(2, 0.05)]]
+
+
+def test_stage_2_is_class_balanced():
+    for dataset in decoupled_crt.RECIPES:
+        args = cli.build(
+            Args, decoupled_crt.RECIPES, dataset=dataset, sampling="progressive", mixup_alpha=1.0
+        )
+        (_, first, epochs), (_, second, more) = decoupled_crt.make_stages(args)
+        assert (first.sampling, second.sampling, second.mixup_alpha) == ("progressive", "class", 0)
+        assert epochs == range(args.epochs) and more == range(args.epochs, args.epochs + args.stage2_epochs)
+    study = decoupled_crt.make_stages(cli.build(Args, decoupled_crt.RECIPES, dataset="mnist_lt"))[1][1]
+    counts = [5923, 3596, 2156, 1292, 774, 464, 278, 166, 100, 60]
+    assert len(decoupled_crt.make_sampler(Labels(counts), 2, study)) == 59230
 
 
 def test_nesterov_and_weight_decay_of_each_stage():

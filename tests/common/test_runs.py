@@ -66,7 +66,7 @@ def test_result_is_of_the_final_weights(finished):
     content = runs.load_checkpoint(folder / "checkpoint")
     model = cmo.models.build("resnet8", 10, 3)
     model.load_state_dict(content["state"]["model"])
-    assert runs.weights_hash(model) == result["weights_sha256"]
+    assert runs.weights_hash(model.state_dict()) == result["weights_sha256"]
 
 
 def test_a_folder_in_use_is_refused(finished, tmp_path, capsys):
