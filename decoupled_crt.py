@@ -13,8 +13,8 @@ Method:   1. train network and classifier; class j is drawn with p_j ~ n_j^q    
 Differs:  tau is chosen on training images held out from both stages, never on test images, so that classes of
           less than 20 images have no say, and of equal accuracies the tau nearest to 1 is taken; the authors
           use a validation set, on iNaturalist the test set. Class-balanced sampling begins a new round each
-          epoch. As in the code, not the paper: 4 images of a class in a row, BatchNorm statistics that move in
-          stage 2 (not on our synthetic recipe, where it costs 6 points), LWS for 5 epochs, cRT on
+          epoch. As in the code, not the paper: 4 images of a class in a row, BatchNorm statistics that move
+          in stage 2 (not in our synthetic recipe, see README), LWS for 5 epochs, cRT on
           iNaturalist for 30. Places-LT follows the authors' answers to questions, from torchvision's
           weights. For CIFAR the authors have no setting: stage 1 is LDAM's, stage 2 that of the Bag of
           Tricks, but for its warm-up, linear from lr / 5. With mixup use --lr-factor 0.1, as those rows do.
