@@ -64,10 +64,9 @@ Q = {"reversed": -1, "class": 0, "instance": 1}  # exponent of the class counts 
 ADAPTORS = ("parabolic", "linear", "cosine", "increment", "equal", "beta", "stages")
 TWO = ("bbn", "manifold2")  # the methods of two batches
 MANIFOLD = ("manifold", "manifold2")
-OF = dict(
-    adaptor=("bbn",), alpha_index=("bbn",), alpha_epochs=("bbn",), joint_trunk=("bbn",), rebalancing=TWO
-)
-OF |= dict(mix_alpha=("mixup", *MANIFOLD), mix_layer=MANIFOLD)  # the methods that have an option
+BBN_ONLY = ("adaptor", "alpha_index", "alpha_epochs", "joint_trunk")
+OF = {name: ("bbn",) for name in BBN_ONLY}  # option -> the methods that have it, where not all do
+OF |= {"rebalancing": TWO, "mix_alpha": ("mixup", *MANIFOLD), "mix_layer": MANIFOLD}
 
 
 @dataclass
