@@ -52,7 +52,7 @@ RECIPES = {
     "imagenet_lt": dict(arch="resnet50", imbalance=None, epochs=90, batch_size=256, cosine=True, wd=5e-4,
                         warmup=0, color_jitter=0.4),
     "inat2017": INAT,
-    "inat2018": INAT,
+    "inat2018": dict(INAT, few_under=21),
     "mnist_lt": MNIST,
     "fashion_mnist_lt": MNIST,
     "image_folder": FILES,
@@ -78,7 +78,9 @@ class Args(cli.Args):
     )
     adaptor: str = cli.option("parabolic", "alpha over the epochs", choices=ADAPTORS)
     alpha_index: str = cli.option(
-        "code", "code: alpha is 1 in the first epoch; paper: 0 in the last", choices=("code", "paper")
+        "code",
+        "how epochs count in alpha: code, from 0 (1 in the first epoch); paper, from 1 (0 in the last)",
+        choices=("code", "paper"),
     )
     alpha_epochs: int | None = cli.option(
         None, "epochs over which alpha falls (default: --epochs, but 100 for 90 and 200 for 180)", least=1
@@ -95,7 +97,7 @@ class Args(cli.Args):
     mix_layer: str = cli.option(
         "pooled", "where manifold mixup mixes", choices=("layer1", "layer2", "layer3", "pooled")
     )
-    warmup: int = cli.option(5, "epochs of linear warm-up", least=0)
+    warmup: int = cli.option(5, "epochs of linear warm-up, of BBN from a third of the rate", least=0)
     lr_factor: float = cli.option(0.01, "factor on the learning rate at each of --lr-steps", above=0)
     cosine: bool = cli.option(False, "cosine schedule instead of --lr-steps")
 
@@ -105,6 +107,10 @@ class Args(cli.Args):
             value = getattr(self, name)
             if self.method not in methods and value != getattr(Args, name):
                 cli.fail(f"{cli.flag(name)} {value}: is of --method {', '.join(methods)}; leave it out")
+        if self.adaptor in ("equal", "beta", "stages") and (self.alpha_epochs or self.alpha_index == "paper"):
+            cli.fail(
+                f"--alpha-epochs, --alpha-index: have no effect on --adaptor {self.adaptor}; leave them out"
+            )
         if self.alpha_epochs and self.alpha_index == "paper":
             cli.fail("--alpha-epochs: is of --alpha-index code; leave one of them out")
         if self.alpha_epochs and self.alpha_epochs < self.epochs:

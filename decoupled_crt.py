@@ -63,7 +63,8 @@ RECIPES = {
     "imagenet_lt": dict(LARGE, color_jitter=0.4),
     "places_lt": dict(LARGE, arch="resnet152", pretrained=True, last_block=True, epochs=30, batch_size=256,
                       lr=0.1, backbone_lr=0.1, stage2_lr=0.1, color_jitter=0.4),
-    "inat2018": dict(LARGE, wd=1e-4, stage2_wd=1e-4, stage2_epochs=cli.By("classifier", {"lws": 5}, 30)),
+    "inat2018": dict(LARGE, wd=1e-4, stage2_wd=1e-4, few_under=21,
+                     stage2_epochs=cli.By("classifier", {"lws": 5}, 30)),
     "mnist_lt": MNIST,
     "fashion_mnist_lt": MNIST,
     "image_folder": FILES,
@@ -93,14 +94,16 @@ class Args(cli.Args):
         4, "images of a class in a row in class-balanced sampling; 0 draws each image on its own", least=0
     )
     full_epochs: bool = cli.option(
-        False, "an epoch of class-balanced sampling has K times the images of the largest class, not N"
+        False, "class-balanced epochs as long as classes times images of the largest class (MNIST study)"
     )
     mixup_alpha: float = cli.option(0.0, "mixup in stage 1, lambda ~ Beta(alpha, alpha); 0: none", least=0)
     momentum: float = cli.option(0.9, "momentum, of both stages", least=0)
     warmup: int = cli.option(5, "epochs of linear warm-up", least=0)
     lr_factor: float = cli.option(0.01, "factor on the learning rate at each of --lr-steps", above=0)
     cosine: bool = cli.option(False, "cosine schedule instead of --lr-steps")
-    cosine_start: int = cli.option(1, "1: a cosine ends at 0; 0: it starts at the full rate", choices=(0, 1))
+    cosine_start: int = cli.option(
+        1, "1: a cosine is 0 in its last epoch; 0: it is still whole in its first", choices=(0, 1)
+    )
     cosine_epochs: int | None = cli.option(None, "length of a cosine, if not its stage's epochs", least=1)
     pretrained: bool = cli.option(False, "start from torchvision's ImageNet weights")
     last_block: bool = cli.option(False, "train only the last residual block and the classifier in stage 1")
@@ -120,8 +123,8 @@ class Args(cli.Args):
     tau: float | None = cli.option(None, "tau (default: the best of 0, 0.1 .. 2 on held-out images)", least=0)
     held_out: int | None = cli.option(
         None,
-        "training images held out of each class that has twice as many, to choose tau (default: 10 if it has "
-        "to be chosen, else 0)",
+        "training images to hold out of each class that has at least twice as many, to choose tau on them "
+        "(default: that of --stage1, else 10 if tau has to be chosen, else 0)",
         least=0,
     )
     ncm: str = cli.option(
@@ -134,17 +137,21 @@ class Args(cli.Args):
     def __post_init__(self):
         super().__post_init__()
         chosen = self.classifier == "tau" and self.tau is None
-        if self.held_out is None:
+        if self.held_out is None and not self.stage1:  # else it is that of stage 1
             self.held_out = 10 if chosen else 0
-        if chosen and not self.held_out:
-            cli.fail("--held-out 0: tau is chosen on held-out images; use 10, or give --tau")
-        for prefix in ("", "stage2_"):
+        if chosen and self.held_out == 0:
+            cli.fail("--held-out 0: tau is chosen on held-out images; use 10 in stage 1, or give --tau")
+        for name, classifier in (("tau", "tau"), ("ncm", "ncm"), ("ncm_score", "ncm")):
+            value = getattr(self, name)
+            if self.classifier != classifier and value != getattr(Args, name):
+                cli.fail(f"{cli.flag(name)} {value}: is of --classifier {classifier}; leave it out")
+        for prefix in ("stage2_",) if self.stage1 else ("", "stage2_"):
             if getattr(self, f"{prefix}cosine") and getattr(self, f"{prefix}lr_steps"):
                 flags = cli.flag(f"{prefix}lr_steps"), cli.flag(f"no_{prefix}cosine")
                 cli.fail(f"{flags[0]}: have no effect on a cosine; leave them out, or add {flags[1]}")
         if self.stage2_nesterov and not self.momentum:
             cli.fail("--momentum 0: Nesterov needs momentum; add --no-stage2-nesterov")
-        for name in ("epochs", "stage2_epochs"):
+        for name in ("stage2_epochs",) if self.stage1 else ("epochs", "stage2_epochs"):
             if self.cosine_epochs and getattr(self, name) > self.cosine_epochs:
                 given = f"{cli.flag(name)} {getattr(self, name)}"
                 cli.fail(f"{given}: the cosine ends after {self.cosine_epochs}; raise --cosine-epochs, too")
@@ -320,18 +327,26 @@ def adopt_stage1(args):
     if Path(args.stage1).resolve() == runs.output_folder(args).resolve():
         cli.fail(f"--stage1 {args.stage1}: would be the folder of stage 2, too; name another --output-dir")
     try:
-        theirs, weights = runs.read_finished(args.stage1)
+        result, weights = runs.read_finished(args.stage1)
     except OSError as e:
         cli.fail(f"--stage1 {e}")
-    if theirs.get("classifier", "joint") != "joint":
-        cli.fail(f"--stage1 {args.stage1}: its run is of --classifier {theirs['classifier']}, not joint")
+    theirs, where = {**{"classifier": "joint", "held_out": 0}, **result["args"]}, f"--stage1 {args.stage1}"
+    if not {"backbone.0.weight", "classifier.weight"} <= weights.keys():
+        cli.fail(f"{where}: a run of {result['script']}, which has another network; use one of cmo.py")
+    if theirs["classifier"] != "joint":
+        cli.fail(f"{where}: its run is of --classifier {theirs['classifier']}, not joint")
+    args = dataclasses.replace(args, held_out=theirs["held_out"]) if args.held_out is None else args
     for name in SAME:
-        if theirs.get(name, 0) != getattr(args, name):
+        if theirs[name] != getattr(args, name):
             given = f"{cli.flag(name)} {getattr(args, name)}"
-            cli.fail(f"{given}: the run of --stage1 {args.stage1} has {theirs.get(name, 0)}; give the same")
-    own = {name: theirs[name] for name in TRAINING if name in theirs and theirs[name] != getattr(args, name)}
-    for name, value in own.items():
-        cli.say(f"note: {cli.flag(name)} {value} of stage 1 in {args.stage1}, not {getattr(args, name)}")
+            cli.fail(f"{given}: the run of {where} has {theirs[name]}; give the same")
+    if theirs["seed"] != args.seed:
+        cli.say(
+            f"note: --seed {args.seed} is of stage 2 alone; stage 1 in {args.stage1} has {theirs['seed']}"
+        )
+    own = {name: theirs.get(name, getattr(Args, name)) for name in TRAINING}
+    for name in [name for name in TRAINING if own[name] != getattr(args, name)]:
+        cli.say(f"note: {cli.flag(name)} {own[name]} of stage 1 in {args.stage1}, not {getattr(args, name)}")
     return dataclasses.replace(args, **own), theirs, weights
 
 
@@ -409,6 +424,10 @@ def main(args: Args) -> dict:
     held_out = None
     if args.held_out:
         train_set, held_out = datasets.hold_out(train_set, args.held_out)
+        voters = int((held_out.class_counts > 0).sum())
+        if voters < 2:
+            cli.fail(f"--held-out {args.held_out}: takes images of {voters} classes; use less, or give --tau")
+        cli.say(f"held out: {len(held_out)} training images of {voters} classes")
     options = datasets.loader_options(train_set)
     test_loader = accelerator.prepare(DataLoader(test_set, args.batch_size, **options))
     network = make_network(train_set, weights, args).to(accelerator.device)

@@ -254,10 +254,11 @@ class Run:
 
 
 def read_finished(folder):
-    """(options, weights) of the finished run in `folder`. OSError says in one line what is missing."""
+    """(result, weights) of the finished run in `folder`. OSError says in one line what is missing."""
     try:
         result = json.loads(Path(folder, "result.json").read_text())
-        args = {name: tuple(v) if isinstance(v, list) else v for name, v in result["args"].items()}
+        args = result["args"]
+        result["args"] = {name: tuple(v) if isinstance(v, list) else v for name, v in args.items()}
     except (OSError, ValueError, KeyError):
         raise OSError(
             f"{folder}: holds no finished run (no result.json); name another, or finish it"
@@ -266,7 +267,7 @@ def read_finished(folder):
     weights = checkpoint and checkpoint["state"]["model"]
     if checkpoint is None or weights_hash(weights) != result["weights_sha256"]:
         raise OSError(f"{folder}: its last checkpoint is not there or damaged; train it again")
-    return args, weights
+    return result, weights
 
 
 def weights_hash(state):

@@ -365,6 +365,10 @@ def test_layers_are_the_stages():
             dict(method="mixup", rebalancing="class"),
             "--rebalancing class: is of --method bbn, manifold2; leave it out",
         ),
+        (
+            dict(adaptor="equal", alpha_epochs=20),
+            "--alpha-epochs, --alpha-index: have no effect on --adaptor equal; leave them out",
+        ),
         (dict(mix_alpha=0.2), "--mix-alpha 0.2: is of --method mixup, manifold, manifold2; leave it out"),
     ],
 )

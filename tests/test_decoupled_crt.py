@@ -1,5 +1,6 @@
 """decoupled_crt.py: samplers, classifiers, schedules, stages, against numbers worked out beforehand."""
 
+import dataclasses
 import json
 import os
 
@@ -500,7 +501,7 @@ def test_stage_2_leaves_the_backbone(tmp_path, stage1, classifier, bn):
 
 @pytest.mark.parametrize("classifier", ["crt", "lws", "tau", "ncm"])
 def test_both_in_one_command_are_one_after_the_other(tmp_path, stage1, classifier):
-    options = dict(classifier=classifier, tau=1.0, held_out=0)
+    options = dict(classifier=classifier, held_out=0, tau=1.0 if classifier == "tau" else None)
     together = decoupled_crt.main(tiny(tmp_path, "both", **options))
     apart = decoupled_crt.main(tiny(tmp_path, "second", stage1=str(stage1), **options))
     assert together["weights_sha256"] == apart["weights_sha256"]
@@ -526,6 +527,58 @@ def test_stage_1_brings_its_options(tmp_path, stage1, capsys):
     assert json.loads(json.dumps(result["stage1_args"])) == theirs
     again = decoupled_crt.main(tiny(tmp_path, stage1=str(stage1), **given, resume="yes"))
     assert again["weights_sha256"] == result["weights_sha256"]
+
+
+def test_stage_1_of_every_recipe(tmp_path, stage1, capsys, monkeypatch):
+    """Stage 1 of cmo.py has steps, and an own schedule may be longer than the recipe's cosine."""
+    import cmo
+
+    for script in (cmo, decoupled_crt):
+        for dataset in decoupled_crt.RECIPES:
+            joint = {} if script is cmo else dict(classifier="joint", epochs=200, cosine_epochs=200)
+            if dataset not in script.RECIPES:
+                continue
+            theirs = dataclasses.asdict(cli.build(script.Args, script.RECIPES, dataset=dataset, **joint))
+            weights = dict.fromkeys(("backbone.0.weight", "classifier.weight"))
+            finished = dict(script=script.__name__ + ".py", args=theirs), weights
+            monkeypatch.setattr(runs, "read_finished", lambda folder, finished=finished: finished)
+            same = {name: theirs[name] for name in decoupled_crt.SAME if name in theirs}
+            args = cli.build(Args, decoupled_crt.RECIPES, **same, stage1=str(stage1))
+            adopted = decoupled_crt.adopt_stage1(args)[0]
+            assert adopted.epochs == theirs["epochs"] and adopted.cosine == theirs.get("cosine", False)
+            assert adopted.stage2_epochs == args.stage2_epochs
+
+
+def test_stage_1_with_held_out_images(tmp_path, capsys):
+    """Every classifier goes on without the images that stage 1 held out."""
+    decoupled_crt.main(tiny(tmp_path, "joint", classifier="joint", held_out=10))
+    capsys.readouterr()
+    for classifier in ("tau", "ncm"):
+        args = tiny(tmp_path, classifier, classifier=classifier, stage1=str(tmp_path / "joint"), seed=3)
+        result = decoupled_crt.main(args)
+        assert result["args"]["held_out"] == 10 and result["stage1_args"]["seed"] == 0
+        errors = capsys.readouterr().err
+        assert "note: --seed 3 is of stage 2 alone; stage 1 in " in errors
+        assert "held out: 70 training images of 7 classes" in errors
+
+
+@pytest.mark.parametrize("held_out, classes", [(200, 1), (300, 0)])
+def test_too_little_to_hold_out(tmp_path, capsys, held_out, classes):
+    """Before any training: tau would be chosen on one class, or none."""
+    with pytest.raises(SystemExit):
+        decoupled_crt.main(tiny(tmp_path, classifier="tau", held_out=held_out))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"--held-out {held_out}: takes images of {classes} classes; use less, or give --tau"
+    assert not (tmp_path / "run").exists()
+
+
+def test_stage_1_with_another_network(tmp_path, capsys):
+    import bbn
+
+    bbn.main(bbn.Args(**TINY, output_dir=str(tmp_path / "bbn")))
+    capsys.readouterr()
+    line = refusal(lambda: decoupled_crt.main(tiny(tmp_path, stage1=str(tmp_path / "bbn"))), capsys)
+    assert line.endswith("/bbn: a run of bbn.py, which has another network; use one of cmo.py")
 
 
 def test_stage_1_is_not_overwritten(tmp_path, stage1, capsys, monkeypatch):
@@ -565,7 +618,11 @@ def test_stage_1_may_be_of_another_script(tmp_path):
         (dict(stage1="nowhere"), "--stage1 nowhere: holds no finished run (no result.json)"),
         (dict(arch="resnet20"), "--arch resnet20: the run of --stage1 {stage1} has resnet8; give the same"),
         (dict(imbalance=50.0), "--imbalance 50.0: the run of --stage1 {stage1} has 100.0; give the same"),
-        (dict(classifier="tau"), "--held-out 10: the run of --stage1 {stage1} has 0; give the same"),
+        (
+            dict(classifier="tau"),
+            "--held-out 0: tau is chosen on held-out images; use 10 in stage 1, or give --tau",
+        ),
+        (dict(held_out=5), "--held-out 5: the run of --stage1 {stage1} has 0; give the same"),
     ],
 )
 def test_stage_1_that_does_not_fit(tmp_path, stage1, capsys, options, words):
@@ -589,6 +646,8 @@ def test_options_that_do_not_fit_together(capsys):
     assert refusal(lambda: Args(classifier="tau", held_out=0), capsys).startswith(
         "--held-out 0: tau is chosen"
     )
+    line = refusal(lambda: Args(classifier="joint", tau=0.5), capsys)
+    assert line == "--tau 0.5: is of --classifier tau; leave it out"
     assert refusal(lambda: Args(classifier="joint", stage1="x"), capsys).startswith(
         "--classifier joint: has no"
     )
