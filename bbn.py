@@ -55,6 +55,7 @@ RECIPES = {
     "inat2018": dict(INAT, few_under=21),
     "mnist_lt": MNIST,
     "fashion_mnist_lt": MNIST,
+    "cmnist_lt": MNIST,
     "image_folder": FILES,
     "image_list": FILES,
     "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), wd=5e-4, warmup=2),
@@ -209,7 +210,7 @@ class Mixed(nn.Module):
             return self.network.classifier(hidden)
         if self.layer == "input":
             return self.network(hidden)
-        return self.network.classifier(self.network.backbone[self.cut :](hidden).mean((2, 3)))
+        return self.network.classifier(self.network.pool(self.network.backbone[self.cut :](hidden)))
 
     def forward(self, images, lam=None, order=None, others=None):
         if lam is None:

@@ -45,6 +45,7 @@ RECIPES = {
     "inat2018": dict(FILES, epochs=200, batch_size=512, lr_steps=(75, 160), drw_epoch=160, few_under=21),
     "mnist_lt": MNIST,
     "fashion_mnist_lt": MNIST,
+    "cmnist_lt": MNIST,
     "image_folder": dict(FILES, epochs=100, batch_size=128, lr_steps=(60, 80), drw_epoch=80),
     "image_list": dict(FILES, epochs=100, batch_size=128, lr_steps=(60, 80), drw_epoch=80),
     "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), lr_factor=0.01, wd=5e-4,

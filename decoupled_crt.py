@@ -55,7 +55,7 @@ LARGE = dict(arch="resnet50", imbalance=None, epochs=90, batch_size=512, lr=0.2,
              stage2_cosine=True)
 MNIST = dict(arch="lenet", epochs=8, momentum=0.0, warmup=0, cosine=True, cosine_start=0, cosine_epochs=8,
              stage2_epochs=4, crt_init="stage1", stage2_cosine=True, bn_train_in_stage2=False,
-             full_epochs=True, many_over=2000, few_under=200)
+             full_epochs=True, many_classes=3, few_classes=3)
 FILES = dict(LARGE, batch_size=128, lr=0.05, stage2_lr=0.05)
 RECIPES = {
     "cifar10_lt": CIFAR,
@@ -67,6 +67,7 @@ RECIPES = {
                      stage2_epochs=cli.By("classifier", {"lws": 5}, 30)),
     "mnist_lt": MNIST,
     "fashion_mnist_lt": MNIST,
+    "cmnist_lt": MNIST,
     "image_folder": FILES,
     "image_list": FILES,
     "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), wd=5e-4, warmup=2,

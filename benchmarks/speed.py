@@ -106,7 +106,7 @@ def measure(options, folder):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
     model, optimizer = accelerator.prepare(model, optimizer)
     loader, run = pairs(), runs.start(accelerator, args)
-    run.track(model=model, optimizer=optimizer)
+    run.track(range(1), model=model, optimizer=optimizer)
     (batch, batch_labels), _ = next(iter(loader))
 
     def bare_steps():

@@ -78,6 +78,12 @@ class Args:
     num_workers: int = option(2, "loader processes per training process, for images read from files", least=0)
     many_over: int = option(100, "many-shot classes have more training images than this", least=1)
     few_under: int = option(20, "few-shot classes have fewer training images than this", least=1)
+    many_classes: int | None = option(
+        None, "many-shot are this many most frequent classes, instead of --many-over", least=0
+    )
+    few_classes: int | None = option(
+        None, "few-shot are this many rarest classes, instead of --few-under", least=0
+    )
     output_dir: str | None = option(None, "folder of the run (default: runs/SCRIPT/DATASET_IMBALANCE_SEED)")
     resume: str = option(
         "no",

@@ -1,7 +1,8 @@
 """Finished runs side by side: `python -m common.compare runs/cmo/* [--csv]`.
 
 Takes run folders, result.json files and .jsonl files of result lines. Runs that differ only in the seed
-become one row: the mean over seeds, and +- the standard deviation between them.
+become one row: the mean over seeds, and +- the standard deviation between them. A run that predicts in
+several ways has a row for each.
 """
 
 import argparse
@@ -14,7 +15,8 @@ from pathlib import Path
 from common import cli
 from common.runs import ACCURACIES, NOT_COMPARED
 
-SPLIT = ("dataset", "imbalance", "train_list", "test_list", "many_over", "few_under")
+SPLIT = ("dataset", "imbalance", "train_list", "test_list")
+SPLIT += ("many_over", "few_under", "many_classes", "few_classes")
 
 
 def read(paths):
@@ -25,7 +27,16 @@ def read(paths):
         try:
             text = path.read_text()
             lines = text.splitlines() if path.suffix == ".jsonl" else [text]
-            results += [result for result in map(json.loads, lines) if result["args"]]
+            for result in map(json.loads, lines):
+                args, predictions = result["args"], result.get("predictions")
+                results += (
+                    [result]
+                    if predictions is None
+                    else [
+                        {**result, **accuracies, "args": {**args, "prediction": name}}
+                        for name, accuracies in predictions.items()
+                    ]
+                )
         except (OSError, ValueError, KeyError) as e:
             cli.fail(f"{path}: not a finished run or a file of result lines ({e!r})")
     return results

@@ -34,13 +34,13 @@ def long_tail_counts(largest, num_classes, imbalance):
     return [int(largest * (1 / imbalance) ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
 
 
-def long_tail_subset(labels, counts, seed=0):
+def long_tail_subset(labels, counts, generator):
     """Positions of counts[k] images of each class k, drawn at random, grouped by class. labels [N].
 
     The draws are those of the released LDAM-DRW code, so a CIFAR subset is image for image the published one:
     legacy NumPy generator, classes ascending, each class's ascending positions shuffled, the first ones kept.
     """
-    labels, generator, kept = np.asarray(labels), np.random.RandomState(seed), []
+    labels, kept = np.asarray(labels), []
     for k, count in enumerate(counts):
         positions = np.flatnonzero(labels == k)
         generator.shuffle(positions)
@@ -48,13 +48,17 @@ def long_tail_subset(labels, counts, seed=0):
     return np.concatenate(kept)
 
 
-def cut(labels, num_classes, imbalance, largest=None):
-    """Positions of the exponential cut of `labels` [N]; `largest` is n_0, by default the largest class."""
+def cut(labels, num_classes, imbalance, largest=None, generator=None):
+    """Positions of the exponential cut of `labels` [N]; `largest` is n_0, by default the largest class.
+
+    The generator is by default NumPy's legacy one of seed 0: the subset is the same in every run.
+    """
     available = np.bincount(labels, minlength=num_classes)
     counts = np.array(long_tail_counts(largest or available.max(), num_classes, imbalance))
     if (counts == 0).any():
         cli.fail(f"--imbalance {imbalance:g}: leaves a class without an image; use a lower factor")
-    return long_tail_subset(labels, np.minimum(counts, available))  # MNIST's class 0 has less than n_0
+    counts = np.minimum(counts, available)  # MNIST's class 0 has less than n_0
+    return long_tail_subset(labels, counts, generator or np.random.RandomState(0))
 
 
 # -------------------------------------------------------------------------------------------------- samplers
@@ -176,7 +180,7 @@ def hold_out(dataset, per_class, seed=0):
     The draws are those of `long_tail_subset`, the same in every run.
     """
     sizes = [per_class if count >= 2 * per_class else 0 for count in dataset.class_counts]
-    held = long_tail_subset(dataset.labels, sizes, seed)
+    held = long_tail_subset(dataset.labels, sizes, np.random.RandomState(seed))
     return dataset.subset(np.setdiff1d(np.arange(len(dataset)), held)), dataset.subset(held)
 
 
@@ -293,6 +297,7 @@ INAT_STATISTICS = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
 TORCHVISION = {  # class, folder of its files, images of the largest class before the cut
     "mnist_lt": (torchvision.datasets.MNIST, "MNIST/raw", 6000),
     "fashion_mnist_lt": (torchvision.datasets.FashionMNIST, "FashionMNIST/raw", 6000),
+    "cmnist_lt": (torchvision.datasets.MNIST, "MNIST/raw", 6000),
     "cifar10_lt": (torchvision.datasets.CIFAR10, "cifar-10-batches-py", 5000),
     "cifar100_lt": (torchvision.datasets.CIFAR100, "cifar-100-python", 500),
 }
@@ -318,6 +323,9 @@ def load(args):
         cli.fail(
             f"--batch-size {args.batch_size}: there are only {len(train)} training images; use a smaller one"
         )
+    if (args.many_classes or 0) + (args.few_classes or 0) > train.num_classes:
+        many, few = f"--many-classes {args.many_classes}", f"--few-classes {args.few_classes}"
+        cli.fail(f"{many}, {few}: there are only {train.num_classes} classes; lower them")
     counts = f"{train.num_classes} classes of {train.class_counts.min()} to {train.class_counts.max()}"
     cli.say(f"{args.dataset}: {len(train)} training images in {counts}, {len(test)} test images")
     return train, test
@@ -342,14 +350,51 @@ def load_torchvision(args):
                 train, test = (make(root, train=part, download=True) for part in (True, False))
             except Exception as e:  # a download fails in many ways
                 cli.fail(f"--data-dir {root}: {folder} is not complete there and cannot be downloaded ({e})")
-    labels = np.asarray(train.targets)
-    kept = cut(labels, len(train.classes), args.imbalance or 1, largest)
-    images, test_images = torch.as_tensor(train.data[kept]), torch.as_tensor(test.data)
-    if images.ndim == 3:
-        parts = (images[:, None], labels[kept]), (test_images[:, None], test.targets)
-        return in_memory(*parts, train.classes, ((0.0,), (1.0,)))
-    parts = (images.permute(0, 3, 1, 2), labels[kept]), (test_images.permute(0, 3, 1, 2), test.targets)
-    return in_memory(*parts, train.classes, CIFAR_STATISTICS, padding=4, flip=True)
+    labels, test_labels = (np.asarray(part.targets) for part in (train, test))
+    generator = np.random.RandomState(0)
+    kept = cut(labels, len(train.classes), args.imbalance or 1, largest, generator)
+    labels, images, test_images = labels[kept], torch.as_tensor(train.data[kept]), torch.as_tensor(test.data)
+    if args.dataset == "cmnist_lt":
+        labels = noisy(labels, 0.25, generator)
+        images = coloured(images, draw_colours(labels, generator, own=(5, 6, 7, 8, 9)))
+        test_images = coloured(test_images, draw_colours(test_labels, np.random.RandomState(0)))
+    elif images.ndim == 3:
+        images, test_images = images[:, None], test_images[:, None]
+    else:
+        images, test_images = images.permute(0, 3, 1, 2), test_images.permute(0, 3, 1, 2)
+    parts = (images, labels), (test_images, test_labels)
+    if args.dataset.startswith("cifar"):
+        return in_memory(*parts, train.classes, CIFAR_STATISTICS, padding=4, flip=True)
+    return in_memory(*parts, train.classes, ((0.0,), (1.0,)))
+
+
+# Coloured MNIST of the re-sampling study: many colours in the head classes, one in each tail class, any in
+# the test set, and a quarter of the training labels wrong. Drawn in the study's order, by its generator.
+COLOURS = "1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 7f7f7f bcbd22 17becf"
+
+
+def noisy(labels, ratio, generator):
+    """labels [N] of which int(ratio * N), drawn at random, become another class k with probability ~ n_k."""
+    order, counts = np.arange(len(labels)), np.bincount(labels).astype(float)
+    generator.shuffle(order)
+    labels = labels.copy()
+    for i in np.sort(order[: int(ratio * len(labels))]):
+        others = np.where(np.arange(len(counts)) == labels[i], 0, counts)
+        labels[i] = generator.choice(len(counts), p=others / others.sum())
+    return labels
+
+
+def draw_colours(labels, generator, own=()):
+    """A number of COLOURS for each image [N]: for the classes in `own` that of the label, else any."""
+    one, any_of_them = np.eye(10), np.full(10, 0.1)
+    return np.array([generator.choice(10, p=one[k] if k in own else any_of_them) for k in labels])
+
+
+def coloured(images, colours):
+    """Grey uint8 [N, H, W] as RGB [N, 3, H, W] in COLOURS[colours], on black, rounded down."""
+    palette = torch.tensor([list(bytes.fromhex(colour)) for colour in COLOURS.split()])
+    colours = palette[torch.as_tensor(colours)][:, :, None, None]
+    return (images[:, None].long() * colours // 255).to(torch.uint8)
 
 
 def load_files(args):

@@ -1,7 +1,7 @@
 """Networks: CIFAR ResNets, torchvision's ImageNet ResNets, LeNet, and the linear and cosine classifiers.
 
-Every network has feature_map(images) -> [B, D, h, w], features(images) -> [B, D] and
-classifier(features) -> [B, K]; forward(images) is classifier(features(images)).
+Every network has feature_map(images) -> [B, C, h, w], pool(maps) -> [B, D], classifier(features) -> [B, K];
+features(images) is pool(feature_map(images)), forward(images) is classifier(features(images)).
 """
 
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ class CosineClassifier(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone, global average pooling and classifier in one."""
+    """Backbone, global average pooling (C = D) and classifier in one."""
 
     def __init__(self, backbone, classifier):
         super().__init__()
@@ -37,8 +37,11 @@ class Network(nn.Module):
     def feature_map(self, images):
         return self.backbone(images)
 
+    def pool(self, maps):
+        return maps.mean((2, 3))
+
     def features(self, images):
-        return self.feature_map(images).mean((2, 3))
+        return self.pool(self.feature_map(images))
 
     def forward(self, images):
         return self.classifier(self.features(images))
@@ -90,8 +93,8 @@ class LeNet(Network):
             nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 2)
         )
 
-    def features(self, images):
-        return self.neck(self.feature_map(images).flatten(1))
+    def pool(self, maps):
+        return self.neck(maps.flatten(1))
 
 
 IMAGENET = {  # block, blocks per stage, groups and width of the bottleneck

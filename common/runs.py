@@ -29,7 +29,14 @@ from tqdm import tqdm
 from common import cli
 from common.datasets import epoch_seed
 
-NOT_COMPARED = ("output_dir", "data_dir", "resume", "overwrite", "num_workers")  # may change on resuming
+NOT_COMPARED = (
+    "output_dir",
+    "data_dir",
+    "resume",
+    "overwrite",
+    "num_workers",
+    "visualize",
+)  # may change on resuming
 CHECK_EVERY = 100  # steps between two looks at the loss
 ACCURACIES = ("all", "many", "medium", "few")
 PER_CLASS = ("class_counts", "per_class")  # long, so only of the last epoch and in result.json

@@ -352,8 +352,8 @@ def test_recipes_are_the_published_ones():
     assert values("mnist_lt", second) == [4, 0.1, 0, True, False, 4]
     lws = [values(d, "stage2_epochs", classifier="lws") for d in ("cifar10_lt", "imagenet_lt", "inat2018")]
     assert lws == [[30], [5], [5]]
-    study = "crt_init full_epochs many_over few_under"
-    assert values("fashion_mnist_lt", study) == ["stage1", True, 2000, 200]
+    study = "crt_init full_epochs many_classes few_classes"
+    assert values("fashion_mnist_lt", study) == ["stage1", True, 3, 3]
     published = ("cifar10_lt", "cifar100_lt", "imagenet_lt", "places_lt", "inat2018")
     assert all(values(dataset, "bn_train_in_stage2") == [True] for dataset in published)
     assert (Args().ncm, Args().ncm_score) == ("cl2n", "euclidean")
@@ -361,7 +361,7 @@ def test_recipes_are_the_published_ones():
 
 def test_the_study_groups_are_classes_0_to_2_3_to_6_7_to_9():
     counts = [5923, 3596, 2156, 1292, 774, 464, 278, 166, 100, 60]
-    splits = evaluation.split_classes(counts, 2000, 200)
+    splits = evaluation.split_classes(counts, many_classes=3, few_classes=3)
     assert [split.nonzero().flatten().tolist() for split in splits.values()] == [
         [0, 1, 2],
         [3, 4, 5, 6],
