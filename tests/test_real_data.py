@@ -71,6 +71,23 @@ def test_cifar100_folder_and_lists(tmp_path):
     assert images.shape == (2, 3, 96, 96) and labels.tolist() == large.labels[[0, 5000]].tolist()
 
 
+def test_coloured_mnist():
+    """The digits of MNIST-LT in the colours of the study; the same on every load."""
+    train_set, test_set = load("cmnist_lt")
+    grey, grey_test = load("mnist_lt")
+    assert train_set.class_counts.tolist() == [5513, 3643, 2282, 1389, 860, 490, 281, 194, 106, 51]
+    assert train_set.labels[:20].tolist() == [0, 0, 3, 2, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0]
+    assert test_set.labels.equal(grey_test.labels) and train_set.shape == (3, 28, 28)
+    palette = [bytes.fromhex(colour) for colour in datasets.COLOURS.split()]
+    firsts = (train_set, grey, [3, 3, 0, 1, 8, 3, 5, 2]), (test_set, grey_test, [5, 7, 6, 5, 4, 6, 4, 8])
+    for coloured, plain, colours in firsts:
+        for i, colour in enumerate(colours):
+            digit = plain.crops[i, 0, 0].long()  # [1, 28, 28]
+            expected = digit * torch.tensor(list(palette[colour])).view(3, 1, 1) // 255
+            assert coloured.crops[i, 0, 0].long().equal(expected)
+    assert load("cmnist_lt")[0].crops.equal(train_set.crops)
+
+
 def test_published_lists():
     _, labels = datasets.read_list(Path(FOLDER, "lists", "Places_LT_train.txt"), 365)
     counts = json.loads(Path(FOLDER, "lists", "places_lt_train_counts.json").read_text())["places_lt_train"]

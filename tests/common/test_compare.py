@@ -49,6 +49,23 @@ def test_different_data_is_refused(capsys):
     assert line == "the runs differ in --imbalance (10.0, 100.0); compare one set at a time"
 
 
+def test_a_run_that_predicts_in_several_ways_has_a_row_for_each(tmp_path):
+    def line(seed):
+        predictions = {
+            name: {"all": value + seed, "many": 9.0, "medium": None, "few": 1.0}
+            for name, value in (("u", 10.0), ("b", 20.0))
+        }
+        return json.dumps({**result(seed, 20.0 + seed, prediction="b"), "predictions": predictions})
+
+    (tmp_path / "runs.jsonl").write_text("\n".join(line(seed) for seed in (0, 1)))
+    table = compare.rows(compare.read([tmp_path / "runs.jsonl"]))
+    assert [row[:4] for row in table] == [
+        ["script", "prediction", "all", "many"],
+        ["cmo.py", "u", "10.5 +- 0.7", "9.0 +- 0.0"],
+        ["cmo.py", "b", "20.5 +- 0.7", "9.0 +- 0.0"],
+    ]
+
+
 def test_unfinished_runs_are_named(tmp_path, capsys):
     assert refusal(lambda: compare.read([tmp_path]), capsys).startswith(
         f"{tmp_path}/result.json: not a finished run"

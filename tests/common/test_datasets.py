@@ -97,6 +97,66 @@ def test_mnist_is_capped_by_what_there_is():
     assert counts.tolist() == [5923, 3596, 2156, 1292, 774, 464, 278, 166, 100, 60]
 
 
+def cmnist():
+    """(labels of the cut, noisy labels, colours of the training images), one generator through all three."""
+    generator, labels = np.random.RandomState(0), np.repeat(np.arange(10), MNIST_COUNTS)
+    labels = labels[datasets.cut(labels, 10, 100, 6000, generator)]
+    noisy = datasets.noisy(labels, 0.25, generator)
+    return labels, noisy, datasets.draw_colours(noisy, generator, own=(5, 6, 7, 8, 9))
+
+
+def test_label_noise_of_coloured_mnist():
+    labels, noisy, _ = cmnist()
+    assert np.bincount(noisy).tolist() == [5513, 3643, 2282, 1389, 860, 490, 281, 194, 106, 51]
+    assert (noisy != labels).sum() == 3702 and (noisy != labels).mean() == pytest.approx(0.249983, abs=1e-6)
+    true = [4442, 2698, 1620, 972, 590, 339, 209, 122, 78, 37]
+    assert np.bincount(noisy[noisy == labels]).tolist() == true
+    assert noisy[:20].tolist() == [0, 0, 3, 2, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0]
+    assert noisy[-20:].tolist() == [2, 1, 9, 2, 9, 9, 9, 9, 3, 9, 9, 0, 0, 9, 1, 3, 9, 0, 9, 9]
+    assert (datasets.noisy(labels, 0.0, np.random.RandomState(0)) == labels).all()
+
+
+def test_noise_goes_by_the_size_of_the_other_classes():
+    counts = np.array([5923, 3596, 2156, 1292, 774, 464, 278, 166, 100, 60])
+    labels = np.repeat(np.arange(10), counts)
+    drawn = np.concatenate(
+        [datasets.noisy(labels, 1.0, np.random.RandomState(seed))[:5923] for seed in range(20)]
+    )
+    shares = np.bincount(drawn, minlength=10) / len(drawn)
+    row = [0, 0.4047, 0.2426, 0.1454, 0.0871, 0.0522, 0.0313, 0.0187, 0.0113, 0.0068]
+    assert shares == pytest.approx(row, abs=0.005) and shares[0] == 0
+
+
+def test_colours_of_coloured_mnist():
+    _, noisy, colours = cmnist()
+    assert colours[:20].tolist() == [3, 3, 0, 1, 8, 3, 5, 2, 3, 6, 6, 0, 5, 5, 7, 3, 7, 1, 6, 1]
+    assert colours[-20:].tolist() == [5, 3, 9, 9, 9, 9, 9, 9, 8, 9, 9, 0, 5, 9, 7, 2, 9, 2, 9, 9]
+    histogram = [1366, 1367, 1363, 1373, 1385, 1821, 1675, 1559, 1469, 1431]
+    assert np.bincount(colours).tolist() == histogram
+    assert (colours[noisy >= 5] == noisy[noisy >= 5]).all()
+    test = datasets.draw_colours(np.arange(20) % 10, np.random.RandomState(0))
+    assert test.tolist() == [5, 7, 6, 5, 4, 6, 4, 8, 9, 3, 7, 5, 5, 9, 0, 0, 0, 8, 7, 8]
+
+
+@pytest.mark.parametrize(
+    "pixel, values",
+    [
+        (0, "0 0 0 " * 10),
+        (
+            255,
+            "31 119 180 255 127 14 44 160 44 214 39 40 148 103 189 140 86 75 227 119 194 127 127 127 "
+            "188 189 34 23 190 207",
+        ),
+        (128, "15 59 90 128 63 7 22 80 22 107 19 20 74 51 94 70 43 37 113 59 97 63 63 63 94 94 17 11 95 103"),
+    ],
+)
+def test_coloured_pixels_are_rounded_down(pixel, values):
+    images = datasets.coloured(torch.full((10, 2, 3), pixel, dtype=torch.uint8), np.arange(10))
+    assert images.shape == (10, 3, 2, 3) and images.dtype == torch.uint8
+    assert images[:, :, 0, 0].flatten().tolist() == [int(value) for value in values.split()]
+    assert (images == images[:, :, :1, :1]).all()
+
+
 def test_private_generator():
     """The subset is the same whatever the global generator did, and leaves it alone."""
     labels = np.repeat(np.arange(3), 50)
@@ -111,6 +171,13 @@ def test_private_generator():
 def test_too_large_an_imbalance(capsys):
     line = refusal(lambda: datasets.cut(np.repeat(np.arange(3), 50), 3, 51), capsys)
     assert line == "--imbalance 51: leaves a class without an image; use a lower factor"
+
+
+@pytest.mark.parametrize("many, few", [(6, 5), (11, None)])
+def test_more_classes_in_groups_than_there_are(many, few, capsys):
+    args = Args(many_classes=many, few_classes=few)
+    line = refusal(lambda: datasets.load(args), capsys)
+    assert line == f"--many-classes {many}, --few-classes {few}: there are only 10 classes; lower them"
 
 
 # Samplers

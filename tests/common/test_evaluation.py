@@ -42,6 +42,68 @@ def test_boundaries():
     assert sizes([101, 100, 20, 19], few_under=21) == [1, 1, 2]  # iNaturalist counts 20 as few
 
 
+@pytest.mark.parametrize(
+    "num_classes, largest, imbalance, groups, last_of_many, last_of_medium",
+    [
+        (100, 500, 100, (36, 29), 98, 19),
+        (100, 500, 10, (36, 29), 221, 98),
+        (10, 5000, 100, (3, 3), 1796, 232),
+        (10, 5923, 100, (3, 3), 2128, 274),
+    ],
+)
+def test_groups_of_fixed_size(num_classes, largest, imbalance, groups, last_of_many, last_of_medium):
+    """Beside those by counts: of CIFAR-100-LT 100 class 35 has 98 images, class 70 has 19."""
+    counts = torch.tensor(datasets.long_tail_counts(largest, num_classes, imbalance))
+    split = evaluation.split_classes(counts, many_classes=groups[0], few_classes=groups[1])
+    many, medium, few = (split[name].nonzero().flatten().tolist() for name in ("many", "medium", "few"))
+    assert many + medium + few == list(range(num_classes))
+    assert (len(many), len(few)) == groups
+    assert (counts[many[-1]], counts[medium[-1]]) == (last_of_many, last_of_medium)
+
+
+def test_groups_of_fixed_size_go_by_frequency():
+    """Classes in any order; of equal counts the lower number is the more frequent. One of the two will do."""
+    split = evaluation.split_classes([5, 80, 20, 300, 20], many_classes=1, few_classes=2)
+    assert [part.nonzero().flatten().tolist() for part in split.values()] == [[3], [1, 2], [0, 4]]
+    split = evaluation.split_classes([5, 80, 20, 300, 20], few_classes=2)
+    assert [part.nonzero().flatten().tolist() for part in split.values()] == [[3], [1, 2], [0, 4]]
+    split = evaluation.split_classes([5, 80, 20, 300, 20], many_classes=2)
+    assert [part.nonzero().flatten().tolist() for part in split.values()] == [[1, 3], [2, 4], [0]]
+    nobody = evaluation.split_classes([5, 80, 20, 300, 20], many_classes=0, few_classes=0)
+    assert [int(part.sum()) for part in nobody.values()] == [0, 5, 0]
+
+
+def test_summary_has_both_groupings():
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    top = torch.tensor([0, 0, 1, 0, 2, 1])[:, None]
+    both = evaluation.summarize(labels, top, torch.full((6,), 0.5), [200, 150, 5], many_classes=1)
+    assert (both["many"], both["medium"], both["few"]) == (100, 50, 50)
+    assert both["by_counts"] == {"many": 75, "medium": None, "few": 50}
+    assert "by_counts" not in evaluation.summarize(labels, top, torch.full((6,), 0.5), [200, 150, 5])
+
+
+def test_several_predictions():
+    """Of a model that gives [B, 2, K]: each as if it were alone."""
+    accelerator, (train_set, test_set) = Accelerator(), datasets.load(Args())
+    loader = accelerator.prepare(DataLoader(test_set, 100, **datasets.loader_options(test_set)))
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = torch.nn.ModuleList(
+                models.build("resnet8", 10, seed, (3, 24, 24)) for seed in (0, 1)
+            )
+
+        def forward(self, images):
+            return torch.stack([part(images) for part in self.parts], 1)
+
+    two, counts = Two(), train_set.class_counts
+    both = evaluation.per_split(accelerator, two, loader, counts, Args(), ("first", "second"))
+    for name, part in zip(("first", "second"), two.parts, strict=True):
+        assert both[name] == evaluation.per_split(accelerator, part, loader, counts, Args())
+    assert list(both) == ["first", "second"] and both["first"] != both["second"]
+
+
 def test_summary_by_hand():
     """3 classes of 200, 50, 5 training images; test images 4, 2, 2 of which 3, 1, 0 are right."""
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
