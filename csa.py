@@ -10,12 +10,12 @@ Method:   1. one network with two heads: head_u learns from images as they are, 
              lam * M * context + (1 - lam * M) * image, lam ~ U(0, 1) per batch                       blend
           4. loss = CE(head_u, natural batch) + CE(head_b, balanced batch)                  train_one_epoch
           --no-bank leaves the balanced images as they are ("w/o Q"); --mixup-alpha mixes the natural batch
-          (CSA + mixup). The paper's CE, CB-RS and cRT are decoupled_crt.py --classifier joint,
-          --classifier joint --sampling class, and --classifier crt.
+          (CSA + mixup). The paper's baselines CE, CB-RS and cRT are rows of decoupled_crt.py (README: Two
+          heads and a bank of contexts, with the options that make its recipe the paper's).
 Differs:  where paper and released code disagree, this follows the code: the bank is emptied every epoch;
           head_b learns from epoch 10 on, once the bank holds a batch, and sees 4 images of a class in a row.
-          M is (1 - c)^2 with c the Grad-CAM of the true class, of each image scaled to 0..1; average pooling
-          and a linear head give Grad-CAM in closed form, without a backward pass.
+          M is (1 - cam)^2 with the Grad-CAM of the true class, of each image scaled to 0..1; average pooling
+          and a linear head give it in closed form, without a backward pass (LeNet has neither).
           Unlike the code: a map that is zero everywhere gives M = 1 (there 0/0), class-balanced sampling
           begins a new round each epoch, an incomplete last batch is dropped, the result is the last epoch.
           On Places-LT the new block's BatchNorm trains (there it stops after the first step, by a bug).
@@ -23,7 +23,9 @@ Differs:  where paper and released code disagree, this follows the code: the ban
           Many, medium and few are fixed numbers of classes, as in the paper (--many-classes, --few-classes;
           "by_counts" in result.json has the usual ones). Recipes for MNIST-style sets, image_folder,
           image_list and synthetic are ours.
-          Each of several processes has its own bank, of its share of the images and of V / processes.
+          Each of several processes has its own bank, of its share of the images and of V / processes; while
+          that does not hold a batch, the process adds nothing to head_b's gradient. Partners of mixup are
+          of a process's share, too.
 Expected: ResNet-32, imbalance 100 / 50 / 10: cifar100_lt 45.8 / 49.6 / 61.3 all, with mixup 46.6 / 51.9 /
           62.6; cifar10_lt 80.6 / 84.3 / 89.8, with mixup 82.5 / 86.0 / 90.8; cifar100_lt 100 w/o Q 41.2.
           imagenet_lt: ResNet-10 42.7, ResNet-50 49.1 (paper, best epoch on the test set). Ours: see README.
@@ -50,8 +52,7 @@ from common import cli, datasets, evaluation, models, runs
 CIFAR = dict(arch="resnet32", epochs=200, lr=0.2, lr_steps=(160, 180), wd=2e-4, start_aug=10)
 LARGE = dict(arch="resnet10", imbalance=None, epochs=90, batch_size=256, lr=0.2, warmup=0, cosine=True,
              wd=5e-4, color_jitter=0.4, start_aug=10)
-MNIST = dict(arch="lenet", epochs=8, momentum=0.0, warmup=0, cosine=True, start_aug=1, many_classes=3,
-             few_classes=3)
+MNIST = dict(epochs=8, warmup=1, cosine=True, wd=5e-4, start_aug=1, many_classes=3, few_classes=3)
 RECIPES = {
     "cifar10_lt": dict(CIFAR, many_classes=3, few_classes=3),
     "cifar100_lt": dict(CIFAR, many_classes=36, few_classes=29),
@@ -83,6 +84,7 @@ class Args(cli.Args):
         "draw balanced images one by one, class k with probability ~ n_k^q: 0 class-balanced, 1 natural "
         "(default: 4 images of a class in a row, class after class)",
         least=0,
+        most=1,
     )
     mixup_alpha: float = cli.option(
         0.0, "mixup of the natural batch, lambda ~ Beta(alpha, alpha); 0: none", least=0
@@ -91,7 +93,6 @@ class Args(cli.Args):
     prediction: str = cli.option(
         "b", "head that gives the result, or the mean of their logits", choices=HEADS
     )
-    momentum: float = cli.option(0.9, "momentum", least=0)
     warmup: int = cli.option(5, "epochs of linear warm-up", least=0)
     lr_factor: float = cli.option(0.1, "factor on the learning rate at each of --lr-steps", above=0)
     cosine: bool = cli.option(False, "cosine schedule instead of --lr-steps")
@@ -105,28 +106,30 @@ class Args(cli.Args):
 
     def __post_init__(self):
         super().__post_init__()
+        learns = balances(self.epochs - 1, self)  # head_b, in the end
         for name in OF_BANK:
             value = getattr(self, name)
-            if not self.bank and value != getattr(Args, name):
-                cli.fail(f"{cli.flag(name)} {value}: has no effect with --no-bank; leave it out")
-        if self.bank_size is None:
-            self.bank_size = self.batch_size
-        if self.bank_size < self.batch_size:
+            if value != getattr(Args, name) and not (self.bank and learns):
+                why = f"--start-aug {self.start_aug}" if self.bank else "--no-bank"
+                cli.fail(f"{cli.flag(name)} {value}: has no effect with {why}; leave it out")
+        if self.bank_size is not None and self.bank_size < self.batch_size:
             size = f"--bank-size {self.bank_size}"
             cli.fail(f"{size}: less than --batch-size {self.batch_size}, so that head_b would never learn")
         if self.lam_min > self.lam_max:
             cli.fail(f"--lam-min {self.lam_min}: above --lam-max {self.lam_max}; lower it")
-        if not balances(self.epochs - 1, self) and self.prediction != "u":
+        if not learns and self.prediction != "u":
             start = f"--start-aug {self.start_aug}"
             cli.fail(f"{start}: not before the end of --epochs {self.epochs}; lower it, or --prediction u")
+        if not self.mixup_alpha and self.end_aug != Args.end_aug:
+            cli.fail(f"--end-aug {self.end_aug}: has no effect without --mixup-alpha; leave it out")
         if self.mixup_alpha and not mixes(0, self):
             cli.fail(f"--end-aug {self.end_aug}: leaves nothing of --epochs {self.epochs} to mix; lower it")
         if self.cosine and self.lr_steps:
             cli.fail("--lr-steps: have no effect on a cosine; leave them out, or add --no-cosine")
         if self.last_block and self.arch == "lenet":
             cli.fail("--last-block: lenet has no residual blocks; use another --arch, or --no-last-block")
-        if self.visualize and not (self.bank and balances(self.epochs - 1, self)):
-            cli.fail("--visualize: there are no contexts to draw; leave out it, or --no-bank and --start-aug")
+        if self.visualize and not (self.bank and learns):
+            cli.fail("--visualize: without a bank there are no contexts to draw; leave it out")
 
 
 def balances(epoch, args):
@@ -202,23 +205,34 @@ class TwoHeads(nn.Module):
             z_b = None if others is None else self.head_b(self.network.features(others))
             return self.network(images), z_b
         features = self.network.features(images)
-        logits = torch.stack([self.head_u(features), self.head_b(features)], dim=1)
+        logits = torch.stack([self.head_u(features), self.head_b(features)], dim=1).float()
         return torch.cat([logits, logits.mean(1, keepdim=True)], dim=1)
 
 
 def make_model(train_set, args):
-    """TwoHeads, with --last-block on a trunk that is frozen below a new last block."""
+    """TwoHeads; with --last-block all is frozen but a new last block. Refuses maps that can mask nothing."""
     what = args.arch, train_set.num_classes
     network = models.build(*what, args.seed, train_set.shape, pretrained=args.pretrained)
     another = models.build(*what, datasets.epoch_seed(args.seed, epoch=0, stream=2), train_set.shape)
     if args.last_block:
         network.backbone.requires_grad_(False)
         network.backbone[-1][-1] = another.backbone[-1][-1]
+        if not args.pretrained:
+            cli.say("note: --last-block without --pretrained: what is frozen has random weights")
+    if args.bank:
+        with torch.no_grad():
+            height, width = network.eval().feature_map(torch.zeros(1, *train_set.shape)).shape[2:]
+        network.train()
+        if height * width == 1:
+            images = f"images of {train_set.shape[1]} pixels"
+            cli.fail(
+                f"--arch {args.arch}: its map of {images} is one pixel, which masks nothing; use resnet32"
+            )
     return TwoHeads(network, another.classifier, args.last_block)
 
 
 def channel_weights(network, maps, labels):
-    """Grad-CAM's weight of each channel [B, D]: the mean over h, w of d logit_y / d map, times any c > 0.
+    """Grad-CAM's weight of each channel [B, D]: the mean over h, w of d logit_y / d map, up to a factor > 0.
 
     maps [B, D, h, w], labels [B]. With average pooling below a linear head it is W[y] / (h w).
     """
@@ -237,10 +251,10 @@ def gradient_weights(network, maps, labels):
 
 
 def background_masks(maps, weights, size):
-    """M = (1 - c)^2 [B, 1, H, W], 1 on background and 0 on the object, in between without a threshold.
+    """M = (1 - cam)^2 [B, 1, H, W], 1 on background and 0 on the object, in between without a threshold.
 
-    c = ReLU(sum over channels of weights * maps), of each image scaled to 0..1 and resized to size (H, W).
-    maps [B, D, h, w], weights [B, D]. A c that is constant counts as zero: M is 1.
+    cam = ReLU(sum over channels of weights * maps), of each image scaled to 0..1 and resized to size (H, W).
+    maps [B, D, h, w], weights [B, D]. A cam that is constant counts as zero: M is 1.
     """
     cam = F.relu((weights[:, :, None, None] * maps).sum(1, keepdim=True))
     cam = cam - cam.amin((2, 3), keepdim=True)
@@ -300,7 +314,7 @@ class Bank:
 
 def blend(images, contexts, masks, lam):
     """lam * M * context + (1 - lam * M) * image. [B, C, H, W] both, masks M [B, 1, H, W]."""
-    return lam * masks * contexts + (1 - lam * masks) * images
+    return (1 - lam * masks) * images + lam * masks * contexts  # images first: the sum keeps their layout
 
 
 def learning_rate(epoch, args):
@@ -312,21 +326,23 @@ def learning_rate(epoch, args):
 
 
 def train_one_epoch(run, model, loader, optimizer, epoch, args):
+    """Records the loss and the shares of fit images and of steps in which head_b learned ("balanced")."""
     model.train()
     accelerator = run.accelerator
     two_heads = accelerator.unwrap_model(model, keep_torch_compile=False)
-    bank = Bank(args.bank_size // accelerator.num_processes)  # begins each epoch empty
+    bank = Bank((args.bank_size or args.batch_size) // accelerator.num_processes)  # empty in each epoch
     draws = np.random.RandomState(datasets.epoch_seed(args.seed, epoch, stream=3) % 2**32)
     for (images, labels), other in run.steps(loader):
         lam = draws.uniform(args.lam_min, args.lam_max)
         balanced = None if other is None else other[0]
-        fit = labels.new_zeros(len(labels))
+        fit = {}
         if other is not None and args.bank:
-            masks, fit = harvest(accelerator, two_heads, images, labels, args.delta)
-            bank.push(images, masks, fit)
+            masks, is_context = harvest(accelerator, two_heads, images, labels, args.delta)
+            bank.push(images, masks, is_context)
+            fit = {"fit": is_context.float().mean()}
             balanced = blend(balanced, *bank.draw(len(labels)), lam) if bank.holds(len(labels)) else None
         if mixes(epoch, args):  # each process permutes its share of the batch
-            share = draws.beta(args.mixup_alpha, args.mixup_alpha)
+            share = draws.beta(args.mixup_alpha, args.mixup_alpha)  # mixup's lambda
             order = torch.randperm(len(labels)).to(labels.device, non_blocking=True)
             z_u, z_b = model(share * images + (1 - share) * images[order], balanced)
             loss = share * F.cross_entropy(z_u, labels) + (1 - share) * F.cross_entropy(z_u, labels[order])
@@ -338,14 +354,14 @@ def train_one_epoch(run, model, loader, optimizer, epoch, args):
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
-        run.record(loss=loss, fit=fit.float().mean(), balanced=loss.new_full((), z_b is not None))
+        run.record(loss=loss, balanced=loss.new_full((), z_b is not None), **fit)
 
 
 @torch.no_grad()
 def visualize(run, model, loader, train_set, args):
     """Draw contexts.png: in a row a natural image, its mask, what that leaves, a balanced image, their blend.
 
-    The blend is that of the middle lambda; at most 8 rows, of the first natural images that are fit.
+    The blend is that of the middle lambda; at most 8 rows, of natural images that are fit.
     """
     accelerator = run.accelerator
     rows, bank = min(8, args.batch_size // accelerator.num_processes), Bank(8)
@@ -356,26 +372,24 @@ def visualize(run, model, loader, train_set, args):
         balanced = other[0]
         if bank.holds(rows):
             break
-    else:
-        return cli.say(
-            f"note: --visualize: fewer than {rows} images with p(label) >= {args.delta}; none drawn"
-        )
+    if not bank.holds(rows):
+        cli.say(f"note: --visualize: fewer than {rows} images with p(label) >= {args.delta}; none drawn")
+        return
     contexts, masks = bank.draw(rows)
     balanced = balanced[:: len(balanced) // rows][:rows]
     blends = blend(balanced, contexts, masks, (args.lam_min + args.lam_max) / 2)
     mean, std = train_set.mean.to(images.device) / 255, train_set.std.to(images.device) / 255
     contexts, balanced, blends = (mean + std * part for part in (contexts, balanced, blends))
-    parts = contexts, masks.expand_as(contexts), masks * contexts, balanced, blends
-    cells = F.interpolate(
-        torch.stack(parts, dim=1).flatten(0, 1), scale_factor=max(1, 96 // images.shape[-1])
-    )
-    save_image(cells, run.folder / "contexts.png", nrow=len(parts))
+    parts = torch.stack([contexts, masks.expand_as(contexts), masks * contexts, balanced, blends], dim=1)
+    cells = F.interpolate(parts.flatten(0, 1), scale_factor=max(1, 96 // images.shape[-1]))
+    save_image(cells, run.folder / "contexts.png", nrow=parts.shape[1])
     cli.say(f"drew {run.folder / 'contexts.png'}")
 
 
 def main(args: Args) -> dict:
     config = DataLoaderConfiguration(split_batches=True, non_blocking=True)
-    # head_b is without a gradient where a process's bank does not hold a batch.
+    # Where a process's bank does not hold a batch, head_b is without a gradient there. Torch warns that this
+    # costs time at the first step in which it has one.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(dataloader_config=config, kwargs_handlers=[unused])
     run = runs.start(accelerator, args)
@@ -393,7 +407,7 @@ def main(args: Args) -> dict:
     test_loader = DataLoader(test_set, args.batch_size, **options)
     model = make_model(train_set, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.wd)
+    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.wd)
     model, optimizer = accelerator.prepare(model, optimizer)
     train_loader, test_loader = accelerator.prepare(train_loader, test_loader)
     for epoch in run.track(range(args.epochs), model=model, optimizer=optimizer):
@@ -407,7 +421,8 @@ def main(args: Args) -> dict:
         run.end_epoch(epoch, {**by_head[args.prediction], "predictions": predictions})
     if args.visualize and run.main:
         visualize(run, model, train_loader, train_set, args)
-    return run.finish()
+    best = {head: max(line["predictions"][head]["all"] for line in run.history) for head in HEADS}
+    return run.finish(best_on_test_by_head=best)
 
 
 if __name__ == "__main__":
