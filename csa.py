@@ -15,7 +15,7 @@ Method:   1. one network with two heads: head_u learns from images as they are, 
 Differs:  where paper and released code disagree, this follows the code: the bank is emptied every epoch;
           head_b learns from epoch 10 on, once the bank holds a batch, and sees 4 images of a class in a row.
           M is (1 - cam)^2 with the Grad-CAM of the true class, of each image scaled to 0..1; average pooling
-          and a linear head give it in closed form, without a backward pass (LeNet has neither).
+          and a linear head give it in closed form (LeNet's further layers take a short backward pass).
           Unlike the code: a map that is zero everywhere gives M = 1 (there 0/0), class-balanced sampling
           begins a new round each epoch, an incomplete last batch is dropped, the result is the last epoch.
           On Places-LT the new block's BatchNorm trains (there it stops after the first step, by a bug).

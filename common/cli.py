@@ -174,7 +174,7 @@ def make_parser(args_class, doc, defaults):
         hint, default, extra = hints[field.name], defaults[field.name], field.metadata
         kind, *rest = typing.get_args(hint) or (hint,)  # of `float | None` and `tuple[int, ...]` the first
         help = extra["help"].replace("%", "%%")
-        if default not in (None, (), False):
+        if default is not None and default is not False and default != ():
             shown = "on" if default is True else default
             help += f" (default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
         if kind is bool:

@@ -51,13 +51,13 @@ def draw(folders, file, data_dir=None):
     for axes, folder in zip(figure.subplots(1, len(folders), squeeze=False)[0], folders, strict=True):
         network, test_set = read(folder, data_dir)
         points, labels = features(network, test_set)
-        for k in np.unique(labels):
-            of_class = points[labels == k]
-            name = f"{test_set.class_names[k]} ({test_set.class_counts[k]})"
-            axes.scatter(*of_class.T, s=2, color=f"C{k % 10}", label=name, rasterized=True)
+        order = np.random.RandomState(0).permutation(len(labels))  # or the last class would cover the others
+        axes.scatter(*points[order].T, s=2, color=[f"C{k % 10}" for k in labels[order]])
         axes.set(title=folder, xlabel="feature 1", ylabel="feature 2")
+    for k, name in enumerate(test_set.class_names):
+        axes.scatter([], [], color=f"C{k % 10}", label=f"{name} ({test_set.class_counts[k]})")
     handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, title="class (training images)", markerscale=5, loc="outside right center")
+    figure.legend(*handles, title="class (training images)", loc="outside right center")
     figure.savefig(file, dpi=120)
 
 
