@@ -1,5 +1,6 @@
 """Tiny runs in this process and in others."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,8 +11,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from common import cli
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+os.environ["ACCELERATE_USE_CPU"] = "true"  # also of the runs in this process
 # A run of seconds on the synthetic set: 1,236 images, 19 steps an epoch.
 TINY = dict(epochs=2, batch_size=64, lr=0.05, lr_steps=(1,), warmup=0)
 
@@ -21,6 +25,10 @@ def fresh_accelerator():
     """Accelerate keeps its state in singletons: forget it between two runs of one process."""
     torch.set_num_threads(1)
     yield
+    forget()
+
+
+def forget():
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
@@ -58,6 +66,13 @@ def launch(script, processes=1, env=None, cwd=ROOT, **options):
         env=environment(**(env or {})),
         timeout=300,
     )
+
+
+def run_here(script, **options):
+    """The result of a script's main in this process: the same run as `launch` makes, without its start."""
+    module = importlib.import_module(script[:-3])
+    options["output_dir"] = str(options["output_dir"])
+    return module.main(cli.build(module.Args, module.RECIPES, **options))
 
 
 def kill_at(folder, moment):

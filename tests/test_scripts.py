@@ -13,7 +13,19 @@ import pytest
 from PIL import Image
 
 from common import cli
-from tests.conftest import ROOT, SCRIPTS, TINY, command, environment, kill_at, launch, result_of
+from tests.conftest import (
+    ROOT,
+    SCRIPTS,
+    TINY,
+    command,
+    environment,
+    forget,
+    kill_at,
+    launch,
+    refusal,
+    result_of,
+    run_here,
+)
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(
@@ -50,16 +62,30 @@ def test_every_script_is_covered(script):
     assert all(f"{field}:" in head for field in ("Paper", "Method", "Differs", "Expected", "Run"))
 
 
+def parse(script, *words):
+    module = importlib.import_module(script[:-3])
+    return cli.parse(module.Args, module.RECIPES, module.__doc__, words)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help(script):
-    done = launch(script, **{"help": True})
-    assert done.returncode == 0 and done.stderr == ""
+def test_help(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(script, "--help")
+    done = capsys.readouterr()
+    assert stop.value.code == 0 and done.err == ""
     for word in ("Paper:", "Method:", "Run:", "--dataset", "--data-dir", "--resume", "--seed"):
-        assert word in done.stdout
+        assert word in done.out
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_wrong_options_take_one_line(script):
+def test_wrong_options_take_one_line(script, capsys):
+    assert refusal(lambda: parse(script, "--dataset", "nothing"), capsys).startswith("--dataset nothing: ")
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_as_a_command(script):
+    done = launch(script, **{"help": True})
+    assert done.returncode == 0 and done.stderr == "" and "Paper:" in done.stdout
     done = launch(script, dataset="nothing")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
 
@@ -68,7 +94,7 @@ def test_wrong_options_take_one_line(script):
 def test_two_processes_are_one(script, tmp_path):
     """Same batches, same loss to rounding, same evaluation."""
     exact = EXACT | ALIKE.get(script, {})
-    one = result_of(launch(script, **options(script, tmp_path / "one", **exact)))
+    one = run_here(script, **options(script, tmp_path / "one", **exact))
     two = result_of(launch(script, processes=2, **options(script, tmp_path / "two", **exact)))
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -87,9 +113,9 @@ def test_same_command_twice(script, tmp_path):
     assert losses(tmp_path / "0") == losses(tmp_path / "1")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_images_from_files(script, tmp_path):
-    """Decoded by worker processes: the same weights whatever their number; a corrupt file is named."""
+@pytest.fixture
+def jpegs(tmp_path):
+    """Options of a run on an image folder of 3 classes, for files decoded by worker processes."""
     generator = np.random.RandomState(0)
     for part, count in (("train", 20), ("test", 3)):
         for k in range(3):
@@ -98,22 +124,34 @@ def test_images_from_files(script, tmp_path):
             for i in range(count):
                 pixels = generator.randint(0, 256, (70 + i, 90, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
-    module = importlib.import_module(script[:-3])
     data = dict(dataset="image_folder", data_dir=str(tmp_path / "data"), imbalance=None, image_size=72)
-    small = options(script, tmp_path, **data, arch="resnet10", batch_size=16, color_jitter=0.4)
+    return dict(**data, arch="resnet10", batch_size=16, color_jitter=0.4, lr_steps=())
+
+
+CORRUPT = "train/class 1/3.jpg"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_images_from_files(script, tmp_path, jpegs, capsys):
+    """The same weights whatever the number of worker processes; a corrupt file is named."""
 
     def run(name, workers):
-        return module.main(
-            module.Args(**{**small, "output_dir": str(tmp_path / name), "num_workers": workers})
-        )
+        return run_here(script, **options(script, tmp_path / name, **jpegs, num_workers=workers))
 
     assert run("none", 0)["weights_sha256"] == run("two", 2)["weights_sha256"]
-    (tmp_path / "data" / "train" / "class 1" / "3.jpg").write_bytes(b"no image")
-    steps = dict(no_cosine=True) if hasattr(module.Args, "cosine") else {}  # the recipe's, without --lr-steps
-    done = launch(script, **{**small, **steps, "output_dir": tmp_path / "corrupt", "num_workers": 2})
-    assert done.returncode == 2 and done.stdout == ""
-    assert f"{tmp_path}/data/train/class 1/3.jpg: not readable as an image" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    (tmp_path / "data" / CORRUPT).write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        run("corrupt", 0)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and f"{tmp_path}/data/{CORRUPT}: not readable as an image" in last
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_corrupt_file_in_a_command(script, tmp_path, jpegs):
+    (tmp_path / "data" / CORRUPT).write_bytes(b"no image")
+    done = launch(script, **options(script, tmp_path / "corrupt", **jpegs))
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert f"{tmp_path}/data/{CORRUPT}: not readable as an image" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -128,12 +166,16 @@ def test_killed_and_resumed_with_two_processes(script, tmp_path):
 
 def kill_and_resume(script, processes, tmp_path):
     """SIGKILL amid the second epoch; the resumed run ends with the unbroken one's weights, bit for bit."""
-    unbroken = result_of(launch(script, processes, **options(script, tmp_path / "unbroken", epochs=3)))
+
+    def run(**given):
+        return run_here(script, **given) if processes == 1 else result_of(launch(script, processes, **given))
+
+    unbroken = run(**options(script, tmp_path / "unbroken", epochs=3))
     broken = options(script, tmp_path / "broken", epochs=3)
     killed = launch(script, processes, env=kill_at(tmp_path, "1:5"), **broken)
     assert killed.returncode != 0 and killed.stdout == ""
     assert len(losses(tmp_path / "broken")) == 1
-    resumed = result_of(launch(script, processes, **broken, resume="auto"))
+    resumed = run(**broken, resume="auto")
     assert resumed["num_processes"] == processes
     assert resumed["weights_sha256"] == unbroken["weights_sha256"]
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
@@ -148,32 +190,31 @@ def test_batch_that_the_processes_cannot_share(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_precision(script, tmp_path):
+def test_precision(script, tmp_path, monkeypatch):
     """As `accelerate launch --mixed_precision bf16` sets it."""
-    compare_with_plain(script, dict(ACCELERATE_MIXED_PRECISION="bf16"), tmp_path)
+    small = options(script, tmp_path / "plain", arch="lenet", epochs=2, lr=0.02)
+    plain = run_here(script, **small)
+    forget()  # Accelerate's state of the plain run
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    result = run_here(script, **{**small, "output_dir": tmp_path / "run"})
+    assert (plain["precision"], result["precision"]) == ("no", "bf16")
+    assert result["loss"] == pytest.approx(plain["loss"], rel=0.02) and result["loss"] != plain["loss"]
 
 
 @pytest.mark.parametrize("script", FIRST)
 def test_compilation(script, tmp_path):
     """As `accelerate launch --dynamo_backend inductor` sets it."""
-    compare_with_plain(script, dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR"), tmp_path)
-
-
-def compare_with_plain(script, extra, tmp_path):
     small = options(script, tmp_path / "run", arch="lenet", epochs=2, lr=0.02)
-    result = result_of(launch(script, env=extra, **small))
-    assert result["precision"] == extra.get("ACCELERATE_MIXED_PRECISION", "no")
-    assert result["compiler"] == extra.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    plain = result_of(launch(script, **{**small, "output_dir": tmp_path / "plain"}))
+    result = result_of(launch(script, env=dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR"), **small))
+    plain = run_here(script, **{**small, "output_dir": tmp_path / "plain"})
+    assert (plain["compiler"], result["compiler"]) == ("no", "inductor")
     assert result["loss"] == pytest.approx(plain["loss"], rel=0.02)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_readme_commands_are_understood(line):
     """Every README line that runs a script, up to the point where its data would be read."""
-    script, *given = shlex.split(line, comments=True)
-    module = importlib.import_module(script[:-3])
-    assert isinstance(cli.parse(module.Args, module.RECIPES, module.__doc__, given), module.Args)
+    assert isinstance(parse(*shlex.split(line, comments=True)), cli.Args)
 
 
 @pytest.mark.slow
