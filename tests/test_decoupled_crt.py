@@ -14,7 +14,7 @@ from torch import nn
 import decoupled_crt
 from common import cli, datasets, evaluation, models, runs
 from decoupled_crt import Args
-from tests.conftest import TINY, kill_at, launch, refusal, result_of
+from tests.conftest import TINY, kill_at, launch, refusal, result_of, run_here
 
 COUNTS = torch.tensor([100, 10, 1])
 # Both stages within seconds; without the biases of an option that is not under test.
@@ -732,13 +732,21 @@ def unbroken(tmp_path_factory):
     def of(processes):
         if processes not in results:
             folder = tmp_path_factory.mktemp("unbroken") / "run"
-            results[processes] = result_of(launch("decoupled_crt.py", processes, **LWS, output_dir=folder))
+            results[processes] = run_or_launch(processes, **LWS, output_dir=folder)
         return results[processes]
 
     return of
 
 
 LWS = {**SHORT, "classifier": "lws"}
+
+
+def run_or_launch(processes, **options):
+    if processes == 1:
+        return run_here("decoupled_crt.py", **options)
+    return result_of(launch("decoupled_crt.py", processes, **options))
+
+
 slow = pytest.mark.slow
 
 
@@ -759,7 +767,7 @@ def test_killed_in_either_stage(tmp_path, unbroken, moment, processes):
     killed = launch("decoupled_crt.py", processes, env=kill_at(tmp_path, moment), **options)
     assert killed.returncode != 0 and killed.stdout == ""
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == int(moment[0])
-    resumed = result_of(launch("decoupled_crt.py", processes, **options, resume="auto"))
+    resumed = run_or_launch(processes, **options, resume="auto")
     assert resumed["num_processes"] == processes
     for name in ("weights_sha256", "all", "few", "best_on_test"):
         assert resumed[name] == unbroken(processes)[name]
@@ -785,7 +793,7 @@ def test_best_on_test_is_of_the_last_stage(tmp_path):
 def test_classifiers_without_training_over_processes(tmp_path, classifier):
     """Features are gathered: tau and the class means are those of one process."""
     options = {**SHORT, "classifier": classifier, "arch": "lenet", "lr": 0.02}
-    one = result_of(launch("decoupled_crt.py", output_dir=tmp_path / "one", **options))
+    one = run_or_launch(1, output_dir=tmp_path / "one", **options)
     two = result_of(launch("decoupled_crt.py", 2, output_dir=tmp_path / "two", **options))
     assert two["num_processes"] == 2 and two["all"] == pytest.approx(one["all"], abs=0.3)
     assert two.get("tau") == one.get("tau")
