@@ -22,7 +22,8 @@ Differs:  where paper and released code disagree, this follows the code: the ban
           Neither says which head predicts: here it is head_b (--prediction), the result has all three.
           Many, medium and few are fixed numbers of classes, as in the paper (--many-classes, --few-classes;
           "by_counts" in result.json has the usual ones). Recipes for MNIST-style sets, image_folder,
-          image_list and synthetic are ours.
+          image_list and synthetic are ours; that for MNIST-style sets trains a ResNet-8, since two heads
+          have no room on the 2 features of the study's LeNet.
           Each of several processes has its own bank, of its share of the images and of V / processes; while
           that does not hold a batch, the process adds nothing to head_b's gradient. Partners of mixup are
           of a process's share, too.
@@ -68,7 +69,7 @@ RECIPES = {
 }
 # fmt: on
 HEADS = ("u", "b", "average")
-OF_BANK = ("bank_size", "delta", "lam_min", "lam_max")
+OF_BANK = ("bank_size", "delta", "lam_min", "lam_max")  # options without effect where there is none
 
 
 @dataclass
@@ -107,10 +108,11 @@ class Args(cli.Args):
     def __post_init__(self):
         super().__post_init__()
         learns = balances(self.epochs - 1, self)  # head_b, in the end
-        for name in OF_BANK:
+        for name in (*OF_BANK, "q"):
             value = getattr(self, name)
-            if value != getattr(Args, name) and not (self.bank and learns):
-                why = f"--start-aug {self.start_aug}" if self.bank else "--no-bank"
+            has_effect = learns and (self.bank or name == "q")
+            if value != getattr(Args, name) and not has_effect:
+                why = "--no-bank" if learns else f"--start-aug {self.start_aug}"
                 cli.fail(f"{cli.flag(name)} {value}: has no effect with {why}; leave it out")
         if self.bank_size is not None and self.bank_size < self.batch_size:
             size = f"--bank-size {self.bank_size}"
@@ -375,6 +377,7 @@ def visualize(run, model, loader, train_set, args):
     if not bank.holds(rows):
         cli.say(f"note: --visualize: fewer than {rows} images with p(label) >= {args.delta}; none drawn")
         return
+    torch.manual_seed(args.seed)  # the same picture each time
     contexts, masks = bank.draw(rows)
     balanced = balanced[:: len(balanced) // rows][:rows]
     blends = blend(balanced, contexts, masks, (args.lam_min + args.lam_max) / 2)

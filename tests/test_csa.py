@@ -403,6 +403,10 @@ def test_recipes_are_the_published_ones():
             dict(start_aug=10, prediction="u", delta=0.5),
             "--delta 0.5: has no effect with --start-aug 10; leave it out",
         ),
+        (
+            dict(start_aug=10, prediction="u", q=0.0),
+            "--q 0.0: has no effect with --start-aug 10; leave it out",
+        ),
         (dict(end_aug=2), "--end-aug 2: has no effect without --mixup-alpha; leave it out"),
         (dict(delta=1.5), "--delta 1.5: must be at most 1"),
         (dict(q=1.5), "--q 1.5: must be at most 1"),
@@ -675,6 +679,26 @@ def test_runs(tmp_path, options):
     assert (tmp_path / "run" / "contexts.png").exists() == ("visualize" in options)
 
 
+@pytest.mark.slow
+def test_masks_cover_background_and_not_the_object(tmp_path):
+    """After the default run, over all training images that are fit; the object is what no context changes."""
+    args = cli.build(Args, csa.RECIPES, output_dir=str(tmp_path / "run"))
+    csa.main(args)
+    train_set, _ = datasets.load(args)
+    heads = csa.make_model(train_set, args)
+    heads.load_state_dict(runs.read_finished(tmp_path / "run")[1])
+    labels, ranks = train_set.labels, torch.cat([torch.arange(n) for n in train_set.class_counts])
+    contexts = (labels + ranks % (train_set.class_counts // 10).clamp(1, 10)[labels]) % 10
+    drawn, moved = (datasets.draw_synthetic(labels, (contexts + k) % 10, seed=0) for k in (0, 5))
+    assert drawn.equal(train_set.crops[torch.arange(len(labels)), 2, 2])
+    on_object = (drawn == moved).all(1)
+    images, _ = train_set.__getitems__(list(range(len(labels))))
+    masks, fit = csa.harvest(Accelerator(), heads, images, labels, args.delta)
+    masks, on_object = masks[fit][:, 0], on_object[fit]
+    assert fit.float().mean() > 0.9
+    assert masks[on_object].mean() + 0.2 < masks[~on_object].mean()
+
+
 def test_a_map_of_one_pixel_is_refused(capsys):
     line = refusal(lambda: model(arch="resnet10"), capsys)
     why = "its map of images of 32 pixels is one pixel, which masks nothing; use resnet32"
@@ -697,6 +721,9 @@ def test_picture(tmp_path, capsys):
     csa.main(tiny(tmp_path, **small, visualize=True, resume="yes"))
     assert capsys.readouterr().err.splitlines()[-1] == f"drew {tmp_path}/run/contexts.png"
     assert (tmp_path / "run" / "result.json").read_text() == before
+    first = (tmp_path / "run" / "contexts.png").read_bytes()
+    csa.main(tiny(tmp_path, **small, visualize=True, resume="yes"))
+    assert (tmp_path / "run" / "contexts.png").read_bytes() == first
     with Image.open(tmp_path / "run" / "contexts.png") as image:
         pixels = datasets.v2.functional.pil_to_tensor(image).float() / 255
     assert pixels.shape == (3, 8 * 98 + 2, 5 * 98 + 2)
