@@ -419,13 +419,11 @@ def main(args: Args) -> dict:
         train_one_epoch(run, model, train_loader, optimizer, epoch, args)
         if balances(epoch, args) and run.stats["balanced"] == 0:
             cli.say(f"note: head_b learned nothing: too few images with p(label) >= {args.delta} for a batch")
-        by_head = evaluation.per_split(accelerator, model, test_loader, train_set.class_counts, args, HEADS)
-        predictions = {head: {name: by_head[head][name] for name in runs.ACCURACIES} for head in HEADS}
-        run.end_epoch(epoch, {**by_head[args.prediction], "predictions": predictions})
+        accuracy = evaluation.per_split(accelerator, model, test_loader, train_set.class_counts, args, HEADS)
+        run.end_epoch(epoch, accuracy)
     if args.visualize and run.main:
         visualize(run, model, train_loader, train_set, args)
-    best = {head: max(line["predictions"][head]["all"] for line in run.history) for head in HEADS}
-    return run.finish(best_on_test_by_head=best)
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from common import cli
-from common.runs import ACCURACIES, NOT_COMPARED
+from common.evaluation import ACCURACIES
+from common.runs import NOT_COMPARED
 
 SPLIT = ("dataset", "imbalance", "train_list", "test_list")
 SPLIT += ("many_over", "few_under", "many_classes", "few_classes")
@@ -27,19 +28,18 @@ def read(paths):
         try:
             text = path.read_text()
             lines = text.splitlines() if path.suffix == ".jsonl" else [text]
-            for result in map(json.loads, lines):
-                args, predictions = result["args"], result.get("predictions")
-                results += (
-                    [result]
-                    if predictions is None
-                    else [
-                        {**result, **accuracies, "args": {**args, "prediction": name}}
-                        for name, accuracies in predictions.items()
-                    ]
-                )
+            results += [one for result in map(json.loads, lines) for one in by_prediction(result)]
         except (OSError, ValueError, KeyError) as e:
             cli.fail(f"{path}: not a finished run or a file of result lines ({e!r})")
     return results
+
+
+def by_prediction(result):
+    """The result once for each of its predictions, if it has several."""
+    args, predictions = result["args"], result.get("predictions")
+    if predictions is None:
+        return [result]
+    return [{**result, **own, "args": {**args, "prediction": name}} for name, own in predictions.items()]
 
 
 def options(result):

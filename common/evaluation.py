@@ -2,6 +2,8 @@
 
 import torch
 
+ACCURACIES = ("all", "many", "medium", "few")
+
 
 def split_classes(class_counts, many_over=100, few_under=20, many_classes=None, few_classes=None):
     """{"many", "medium", "few": bool [K]} by training images: over many_over, between, under few_under.
@@ -77,11 +79,14 @@ def predict(accelerator, model, loader):
 def per_split(accelerator, model, loader, class_counts, args, names=None):
     """`summarize` of the model on the prepared `loader`; class_counts [K] of the training set.
 
-    names: of the predictions of a model that makes several; then a dict, by name.
+    names: of the predictions of a model that makes several; then that of args.prediction, and under
+    "predictions" the accuracies of each.
     """
     labels, top, confidences = predict(accelerator, model, loader)
     split = args.many_over, args.few_under, args.many_classes, args.few_classes
     if names is None:
         return summarize(labels, top, confidences, class_counts, *split)
     several = zip(names, top.unbind(1), confidences.unbind(1), strict=True)
-    return {name: summarize(labels, *one, class_counts, *split) for name, *one in several}
+    results = {name: summarize(labels, *one, class_counts, *split) for name, *one in several}
+    accuracies = {name: {k: result[k] for k in ACCURACIES} for name, result in results.items()}
+    return {**results[args.prediction], "predictions": accuracies}

@@ -24,6 +24,7 @@ def read(folder, data_dir=None):
     args = cli.Args(**given)
     if args.arch != "lenet":
         cli.fail(f"{folder}: its run is of --arch {args.arch}; only lenet has features to draw")
+    # A script that wraps its network calls it `network`.
     backbone = {k.removeprefix("network."): v for k, v in weights.items() if "backbone" in k or "neck" in k}
     test_set = datasets.load(args)[1]
     network = models.build(args.arch, test_set.num_classes, args.seed, test_set.shape)

@@ -28,17 +28,11 @@ from tqdm import tqdm
 
 from common import cli
 from common.datasets import epoch_seed
+from common.evaluation import ACCURACIES
 
-NOT_COMPARED = (
-    "output_dir",
-    "data_dir",
-    "resume",
-    "overwrite",
-    "num_workers",
-    "visualize",
-)  # may change on resuming
+# Options that may change on resuming: they train nothing.
+NOT_COMPARED = ("output_dir", "data_dir", "resume", "overwrite", "num_workers", "visualize")
 CHECK_EVERY = 100  # steps between two looks at the loss
-ACCURACIES = ("all", "many", "medium", "few")
 PER_CLASS = ("class_counts", "per_class")  # long, so only of the last epoch and in result.json
 
 
@@ -227,6 +221,10 @@ class Run:
 
     # ------------------------------------------------------------------------------------------- the result
 
+    def best(self, accuracy):
+        """The best accuracy(line of the log) of the last stage's epochs."""
+        return max(accuracy(line) for line in self.history if line["epoch"] in self.stage)
+
     def finish(self, **facts):
         """The result of the last epoch, and facts: a dict, one JSON line on stdout, and result.json."""
         accelerator, args, last, file = self.accelerator, self.args, self.history[-1], self.files[2]
@@ -237,7 +235,7 @@ class Run:
             result |= {k: getattr(args, k) for k in ("dataset", "imbalance", "seed", "epochs")}
             result |= {k: v for k, v in last.items() if k not in ("epoch", "lr", "seconds")}
             result |= {
-                "best_on_test": max(line["all"] for line in self.history if line["epoch"] in self.stage),
+                "best_on_test": self.best(lambda line: line["all"]),
                 "seconds": sum(line["seconds"] for line in self.history),
                 "peak_memory_gb": peak_memory(accelerator.device) / 1e9,
                 "num_processes": accelerator.num_processes,
@@ -252,6 +250,9 @@ class Run:
                 **facts,
                 **self.per_class,
             }
+            for name, own in last.get("predictions", {}).items():
+                best = self.best(lambda line, of=name: line["predictions"][of]["all"])
+                result["predictions"] = {**result["predictions"], name: {**own, "best_on_test": best}}
             if self.main:
                 write_file(file, json.dumps(result, indent=1))
         if self.main:

@@ -98,10 +98,15 @@ def test_several_predictions():
             return torch.stack([part(images) for part in self.parts], 1)
 
     two, counts = Two(), train_set.class_counts
-    both = evaluation.per_split(accelerator, two, loader, counts, Args(), ("first", "second"))
-    for name, part in zip(("first", "second"), two.parts, strict=True):
-        assert both[name] == evaluation.per_split(accelerator, part, loader, counts, Args())
-    assert list(both) == ["first", "second"] and both["first"] != both["second"]
+    args, names = Args(), ("first", "second")
+    alone = [evaluation.per_split(accelerator, part, loader, counts, args) for part in two.parts]
+    assert alone[0] != alone[1]
+    for name, own in zip(names, alone, strict=True):
+        args.prediction = name
+        both = evaluation.per_split(accelerator, two, loader, counts, args, names)
+        predictions = both.pop("predictions")
+        assert both == own and list(predictions) == ["first", "second"]
+        assert predictions[name] == {k: own[k] for k in ("all", "many", "medium", "few")}
 
 
 def test_summary_by_hand():
