@@ -409,8 +409,7 @@ def main(args: Args) -> dict:
     )
     test_loader = DataLoader(test_set, args.batch_size, **options)
     model = make_model(train_set, args)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.wd)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)
     model, optimizer = accelerator.prepare(model, optimizer)
     train_loader, test_loader = accelerator.prepare(train_loader, test_loader)
     for epoch in run.track(range(args.epochs), model=model, optimizer=optimizer):
