@@ -41,7 +41,8 @@ from common import cli, datasets, evaluation, models, runs
 # Settings of the released code (CIFAR, iNaturalist), of a user (ImageNet-LT) and our own (the others), one
 # row per data set; an option given on the command line wins. (119, 159): epochs 120 and 160 counted from 1.
 # fmt: off
-CIFAR = dict(arch="resnet32", epochs=200, lr_steps=cli.By("method", {"bbn": (119, 159)}, (160, 180)), wd=2e-4)
+CIFAR = dict(arch="resnet32", epochs=200, wd=2e-4,
+             lr_steps=cli.By(lambda method: (119, 159) if method == "bbn" else (160, 180)))
 INAT = dict(arch="resnet50", imbalance=None, epochs=180, lr=0.05, lr_steps=(119, 159), lr_factor=0.1,
             wd=1e-4, warmup=0)
 MNIST = dict(arch="lenet", epochs=8, lr=0.01, lr_steps=(6,), warmup=0)

@@ -33,7 +33,6 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,8 +50,8 @@ CIFAR = dict(arch="resnet32", epochs=200, lr_steps=(160, 180), wd=2e-4, samples_
              stage2_epochs=30, stage2_lr_steps=(9, 19), stage2_warmup=5, stage2_wd=5e-4,
              stage2_nesterov=True)
 LARGE = dict(arch="resnet50", imbalance=None, epochs=90, batch_size=512, lr=0.2, wd=5e-4, warmup=0,
-             cosine=True, stage2_epochs=cli.By("classifier", {"lws": 5}, 10), stage2_lr=0.2, stage2_wd=5e-4,
-             stage2_cosine=True)
+             cosine=True, stage2_epochs=cli.By(lambda classifier: 5 if classifier == "lws" else 10),
+             stage2_lr=0.2, stage2_wd=5e-4, stage2_cosine=True)
 MNIST = dict(arch="lenet", epochs=8, momentum=0.0, warmup=0, cosine=True, cosine_start=0, cosine_epochs=8,
              stage2_epochs=4, crt_init="stage1", stage2_cosine=True, bn_train_in_stage2=False,
              full_epochs=True, many_classes=3, few_classes=3)
@@ -64,7 +63,7 @@ RECIPES = {
     "places_lt": dict(LARGE, arch="resnet152", pretrained=True, last_block=True, epochs=30, batch_size=256,
                       lr=0.1, backbone_lr=0.1, stage2_lr=0.1, color_jitter=0.4),
     "inat2018": dict(LARGE, wd=1e-4, stage2_wd=1e-4, few_under=21,
-                     stage2_epochs=cli.By("classifier", {"lws": 5}, 30)),
+                     stage2_epochs=cli.By(lambda classifier: 5 if classifier == "lws" else 30)),
     "mnist_lt": MNIST,
     "fashion_mnist_lt": MNIST,
     "cmnist_lt": MNIST,
@@ -76,8 +75,7 @@ RECIPES = {
 # fmt: on
 Q = {"instance": 1.0, "square-root": 0.5, "class": 0.0}  # of Eq. (1)
 TAUS = [round(0.1 * i, 1) for i in range(21)]
-# The run that --stage1 names has to have the same SAME; its TRAINING is what stage 1 was.
-SAME = ("dataset", "imbalance", "train_list", "test_list", "image_size", "arch", "held_out")
+# What stage 1 was, of the run that --stage1 names.
 TRAINING = ("epochs", "lr", "lr_steps", "lr_factor", "warmup", "wd", "cosine", "sampling")
 TRAINING += ("mixup_alpha", "pretrained", "last_block", "backbone_lr")
 
@@ -321,36 +319,6 @@ def fit_classifier(accelerator, network, old, train_set, held_out, args):
     return {"tau": tau, **facts}
 
 
-def adopt_stage1(args):
-    """(args with the training options of --stage1's run, all options of it, its weights), if it is given."""
-    if args.stage1 is None:
-        return args, None, None
-    if Path(args.stage1).resolve() == runs.output_folder(args).resolve():
-        cli.fail(f"--stage1 {args.stage1}: would be the folder of stage 2, too; name another --output-dir")
-    try:
-        result, weights = runs.read_finished(args.stage1)
-    except OSError as e:
-        cli.fail(f"--stage1 {e}")
-    theirs, where = {**{"classifier": "joint", "held_out": 0}, **result["args"]}, f"--stage1 {args.stage1}"
-    if not {"backbone.0.weight", "classifier.weight"} <= weights.keys():
-        cli.fail(f"{where}: a run of {result['script']}, which has another network; use one of cmo.py")
-    if theirs["classifier"] != "joint":
-        cli.fail(f"{where}: its run is of --classifier {theirs['classifier']}, not joint")
-    args = dataclasses.replace(args, held_out=theirs["held_out"]) if args.held_out is None else args
-    for name in SAME:
-        if theirs[name] != getattr(args, name):
-            given = f"{cli.flag(name)} {getattr(args, name)}"
-            cli.fail(f"{given}: the run of {where} has {theirs[name]}; give the same")
-    if theirs["seed"] != args.seed:
-        cli.say(
-            f"note: --seed {args.seed} is of stage 2 alone; stage 1 in {args.stage1} has {theirs['seed']}"
-        )
-    own = {name: theirs.get(name, getattr(Args, name)) for name in TRAINING}
-    for name in [name for name in TRAINING if own[name] != getattr(args, name)]:
-        cli.say(f"note: {cli.flag(name)} {own[name]} of stage 1 in {args.stage1}, not {getattr(args, name)}")
-    return dataclasses.replace(args, **own), theirs, weights
-
-
 def make_network(train_set, weights, args):
     """The network of stage 1; already trained where there are weights."""
     shape, pretrained = train_set.shape, args.pretrained and weights is None
@@ -415,7 +383,13 @@ def train_one_epoch(run, model, loader, optimizer, stage, epoch, args):
 
 
 def main(args: Args) -> dict:
-    args, stage1_args, weights = adopt_stage1(args)
+    args, stage1_args, weights = runs.adopt_stage1(args, TRAINING)
+    if args.stage1:
+        held_out = stage1_args.get("held_out", 0)
+        if args.held_out not in (None, held_out):
+            where = f"the run of --stage1 {args.stage1}"
+            cli.fail(f"--held-out {args.held_out}: {where} has {held_out}; give the same")
+        args = dataclasses.replace(args, held_out=held_out)
     stages = make_stages(args)
     config = DataLoaderConfiguration(split_batches=True, non_blocking=True)
     accelerator = Accelerator(dataloader_config=config)

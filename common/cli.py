@@ -7,6 +7,7 @@ A recipe's value may go by another option (By).
 import argparse
 import dataclasses
 import difflib
+import inspect
 import math
 import operator
 import os
@@ -38,16 +39,18 @@ def option(default, help, *, choices=None, least=None, above=None, most=None, hi
 
 
 class By:
-    """A recipe's value that goes by another option: By("method", {"bbn": (119, 159)}, (160, 180))."""
+    """A recipe's value that goes by other options, those that the function names: By(lambda lr: 10 * lr)."""
 
-    def __init__(self, option, values, other):
-        self.option, self.values, self.other = option, values, other
+    def __init__(self, function):
+        self.function, self.options = function, list(inspect.signature(function).parameters)
+
+    def __call__(self, values):
+        return self.function(*(values[name] for name in self.options))
 
 
 def resolve(values):
     """`values` with every By replaced by what it says."""
-    own = {name: v.values.get(values[v.option], v.other) for name, v in values.items() if isinstance(v, By)}
-    return {**values, **own}
+    return {name: value(values) if isinstance(value, By) else value for name, value in values.items()}
 
 
 @dataclass
@@ -215,13 +218,15 @@ def dashes(word):
 def parse(args_class, recipes, doc, argv=None):
     """Args from the command line (default: sys.argv). `--help` shows the defaults of the recipe."""
     words = [dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default=args_class.dataset, nargs="?")
     dataset = first.parse_known_args(words)[0].dataset
     defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
     defaults |= recipes.get(dataset, {}) | {"dataset": dataset}
-    for name in {value.option for value in defaults.values() if isinstance(value, By)}:
-        first.add_argument(flag(name), default=defaults[name], dest=name)
+    hints = typing.get_type_hints(args_class)
+    for name in {name for value in defaults.values() if isinstance(value, By) for name in value.options}:
+        kind = (typing.get_args(hints[name]) or [hints[name]])[0]
+        first.add_argument(flag(name), default=defaults[name], dest=name, type=CONVERT[kind])
     chosen = vars(first.parse_known_args(words)[0])
     parser = make_parser(args_class, doc, resolve(defaults | chosen))
     given, unknown = parser.parse_known_args(words)

@@ -32,8 +32,9 @@ from common.evaluation import ACCURACIES
 
 # Options that may change on resuming: they train nothing.
 NOT_COMPARED = ("output_dir", "data_dir", "resume", "overwrite", "num_workers", "visualize")
+SAME = ("dataset", "imbalance", "train_list", "test_list", "image_size", "arch")  # in both of two stages
 CHECK_EVERY = 100  # steps between two looks at the loss
-PER_CLASS = ("class_counts", "per_class")  # long, so only of the last epoch and in result.json
+PER_CLASS = ("class_counts", "per_class")  # of the last epoch alone
 
 
 def start(accelerator, args, epochs=None):
@@ -44,10 +45,12 @@ def start(accelerator, args, epochs=None):
         cli.fail(
             f"{started} processes were started but each sees 1; set ACCELERATE_USE_CPU=true before torchrun"
         )
-    if args.batch_size % processes:
-        lower = args.batch_size // processes * processes
-        near = f"{lower} or {lower + processes}" if lower else str(processes)
-        cli.fail(f"--batch-size {args.batch_size}: not a multiple of {processes} processes; use {near}")
+    for name in [field.name for field in dataclasses.fields(args) if field.name.endswith("batch_size")]:
+        size = getattr(args, name)
+        if size % processes:
+            lower = size // processes * processes
+            near = f"{lower} or {lower + processes}" if lower else str(processes)
+            cli.fail(f"{cli.flag(name)} {size}: not a multiple of {processes} processes; use {near}")
     torch.backends.cudnn.deterministic = True  # a resumed run repeats the unbroken one on a GPU, too
     late = " ".join(str(step) for step in args.lr_steps if step >= args.epochs)
     if late:
@@ -256,7 +259,9 @@ class Run:
             if self.main:
                 write_file(file, json.dumps(result, indent=1))
         if self.main:
-            print(json.dumps({k: v for k, v in result.items() if k not in PER_CLASS}), flush=True)
+            # What there is of every class ("class_...") is long, so only in the files.
+            short = {k: v for k, v in result.items() if not k.startswith(("class_", "per_class"))}
+            print(json.dumps(short), flush=True)
         accelerator.end_training()
         return result
 
@@ -276,6 +281,39 @@ def read_finished(folder):
     if checkpoint is None or weights_hash(weights) != result["weights_sha256"]:
         raise OSError(f"{folder}: its last checkpoint is not there or damaged; train it again")
     return result, weights
+
+
+def adopt_stage1(args, training):
+    """(args with the options `training` of the run that --stage1 names, all options of it, its weights).
+
+    It has to be a finished one of the same data and network, of a script that trains it in one stage. Without
+    --stage1: (args, None, None).
+    """
+    if args.stage1 is None:
+        return args, None, None
+    if Path(args.stage1).resolve() == output_folder(args).resolve():
+        cli.fail(f"--stage1 {args.stage1}: would be the folder of stage 2, too; name another --output-dir")
+    try:
+        result, weights = read_finished(args.stage1)
+    except OSError as e:
+        cli.fail(f"--stage1 {e}")
+    theirs, where = {"classifier": "joint", **result["args"]}, f"--stage1 {args.stage1}"
+    if not {"backbone.0.weight", "classifier.weight"} <= weights.keys():
+        cli.fail(f"{where}: a run of {result['script']}, which has another network; use one of cmo.py")
+    if theirs["classifier"] != "joint":
+        cli.fail(f"{where}: its run is of --classifier {theirs['classifier']}, not joint")
+    for name in SAME:
+        if theirs[name] != getattr(args, name):
+            given = f"{cli.flag(name)} {getattr(args, name)}"
+            cli.fail(f"{given}: the run of {where} has {theirs[name]}; give the same")
+    if theirs["seed"] != args.seed:
+        cli.say(
+            f"note: --seed {args.seed} is of stage 2 alone; stage 1 in {args.stage1} has {theirs['seed']}"
+        )
+    own = {name: theirs.get(name, getattr(type(args), name)) for name in training}
+    for name in [name for name in training if own[name] != getattr(args, name)]:
+        cli.say(f"note: {cli.flag(name)} {own[name]} of stage 1 in {args.stage1}, not {getattr(args, name)}")
+    return dataclasses.replace(args, **own), theirs, weights
 
 
 def weights_hash(state):

@@ -542,9 +542,9 @@ def test_stage_1_of_every_recipe(tmp_path, stage1, capsys, monkeypatch):
             weights = dict.fromkeys(("backbone.0.weight", "classifier.weight"))
             finished = dict(script=script.__name__ + ".py", args=theirs), weights
             monkeypatch.setattr(runs, "read_finished", lambda folder, finished=finished: finished)
-            same = {name: theirs[name] for name in decoupled_crt.SAME if name in theirs}
+            same = {name: theirs[name] for name in runs.SAME if name in theirs}
             args = cli.build(Args, decoupled_crt.RECIPES, **same, stage1=str(stage1))
-            adopted = decoupled_crt.adopt_stage1(args)[0]
+            adopted = runs.adopt_stage1(args, decoupled_crt.TRAINING)[0]
             assert adopted.epochs == theirs["epochs"] and adopted.cosine == theirs.get("cosine", False)
             assert adopted.stage2_epochs == args.stage2_epochs
 

@@ -99,7 +99,7 @@ def test_only_the_first_process_speaks(capsys, monkeypatch):
 
 
 def test_recipe_that_goes_by_another_option(capsys):
-    recipes = {"synthetic": dict(lr_steps=cli.By("arch", {"lenet": (6,)}, (28, 36)))}
+    recipes = {"synthetic": dict(lr_steps=cli.By(lambda arch: (6,) if arch == "lenet" else (28, 36)))}
     assert cli.parse(cli.Args, recipes, "", []).lr_steps == (28, 36)
     assert cli.parse(cli.Args, recipes, "", ["--arch", "lenet"]).lr_steps == (6,)
     assert cli.parse(cli.Args, recipes, "", ["--arch=lenet", "--lr-steps", "3"]).lr_steps == (3,)
