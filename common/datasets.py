@@ -9,6 +9,7 @@ it comes augmented, and that seed alone decides how.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import struct
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 import torchvision
 from accelerate import PartialState
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from common import cli
+from common import augment, cli
 
 # --------------------------------------------------------------------------------------- long-tailed subsets
 
@@ -86,11 +87,12 @@ class EpochSampler(Sampler):
 
     Equal on all processes, and a resumed run repeats it. Samplers of one run take different streams.
     The images are a permutation, N draws by `weights` [N], or what order(size, epoch, generator) returns,
-    `size` indices, N by default.
+    `size` indices, N by default. augment=False: without seeds, for images as they are.
     """
 
-    def __init__(self, dataset, seed, stream=0, weights=None, order=shuffled, size=None):
+    def __init__(self, dataset, seed, stream=0, weights=None, order=shuffled, size=None, augment=True):
         self.size, self.seed, self.stream, self.epoch = size or len(dataset), seed, stream, 0
+        self.augment = augment
         self.order = order if weights is None else lambda size, _, generator: draw(weights, size, generator)
 
     def set_epoch(self, epoch):
@@ -103,7 +105,7 @@ class EpochSampler(Sampler):
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch, self.stream))
         indices = self.order(self.size, self.epoch, generator)
         seeds = torch.randint(2**62, (self.size,), generator=generator)
-        return zip(indices.tolist(), seeds.tolist(), strict=True)
+        return zip(indices.tolist(), seeds.tolist(), strict=True) if self.augment else iter(indices.tolist())
 
 
 class PairSampler(Sampler):
@@ -149,6 +151,26 @@ class Pairs(Dataset):
         )
 
 
+class OnDemand:
+    """Batches whose images are chosen step by step, by a sampler that learns.
+
+    Called with items, int64 [B, 2] of (index, augmentation seed), it gives images and labels on their device.
+    Worker processes share a batch of files between them; nothing is read ahead.
+    """
+
+    def __init__(self, dataset, share=16):
+        self.dataset, self.items = dataset, []
+        options = dict(loader_options(dataset), persistent_workers=dataset.workers > 0)
+        self.loader = DataLoader(dataset, share, sampler=self.items, **options)
+
+    def __call__(self, items):
+        if isinstance(self.dataset, ImagesInMemory):
+            return self.dataset.__getitems__(items)
+        self.items[:] = map(tuple, items.tolist())
+        parts = [part.to(items.device) for part in self.loader]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
 # -------------------------------------------------------------------------------------- the two ways through
 
 
@@ -185,9 +207,12 @@ def hold_out(dataset, per_class, seed=0):
 
 
 class ImagesInMemory(LabelledImages):
-    """uint8 images [N, C, H, W] on `device`; augmented by a crop after zero `padding` and a flip."""
+    """uint8 images [N, C, H, W] on `device`; augmented by a crop after zero `padding` and a flip.
 
-    workers = 0
+    Where they are set, AutoAugment and one hole of `cutout` pixels a side follow.
+    """
+
+    workers, auto_augment, cutout = 0, False, 0
     per_image = "labels", "device_labels", "padded"
 
     def __init__(self, images, labels, *facts, padding=0, flip=False, device="cpu"):
@@ -204,15 +229,20 @@ class ImagesInMemory(LabelledImages):
         return self.padded.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
 
     def __getitems__(self, items):
-        indices = torch.tensor(items).to(self.device_labels.device, non_blocking=True)
-        if indices.ndim == 1:
-            images = self.crops[indices, self.padding, self.padding]
+        items = torch.as_tensor(items)
+        drawn = items.to(self.device_labels.device, non_blocking=True)
+        if drawn.ndim == 1:
+            indices, images = drawn, self.crops[drawn, self.padding, self.padding]
         else:
-            (indices, seeds), side = indices.unbind(1), 2 * self.padding + 1
-            images = self.crops[indices, seeds % side, seeds // side % side]
+            (indices, seeds), side = drawn.unbind(1), 2 * self.padding + 1
+            images, used = self.crops[indices, seeds % side, seeds // side % side], 2 * side**2
             if self.flip:
                 flipped = (seeds // side**2 % 2 == 1).view(-1, 1, 1, 1)
                 images = torch.where(flipped, images.flip(-1), images)
+            if self.auto_augment:
+                images = augment.auto_augment(images, items[:, 1] // used)
+            if self.cutout:
+                images = augment.cutout(images, seeds // (used * augment.AUTO_AUGMENT_RANGE), self.cutout)
         return images.float().sub_(self.mean).div_(self.std), self.device_labels[indices]
 
 
@@ -313,6 +343,31 @@ IN_MEMORY_SIZE = 64  # images up to this side are kept in memory
 
 def load(args):
     """(train, test) of args.dataset. Stops with one line where something is missing or wrong."""
+    train, test = read(args)
+    counts = f"{train.num_classes} classes of {train.class_counts.min()} to {train.class_counts.max()}"
+    cli.say(f"{args.dataset}: {len(train)} training images in {counts}, {len(test)} test images")
+    return train, test
+
+
+def load_list(args, option):
+    """The images of the list file that `option` names, maybe in --data-dir; at least one of every class."""
+    file, there = Path(getattr(args, option)), f"{cli.flag(option)} {getattr(args, option)}"
+    file = file if file.is_file() else Path(args.data_dir, file)
+    if args.dataset not in (*LISTS, "image_list"):
+        cli.fail(f"{there}: is for data sets of list files, not for --dataset {args.dataset}; leave it out")
+    if not file.is_file():
+        cli.fail(
+            f"{there}: no such list file, nor in --data-dir {args.data_dir}; put it there or name another"
+        )
+    images = read(dataclasses.replace(args, test_list=str(file)))[1]
+    images = images.subset(np.arange(len(images)))  # with class counts of its own
+    missing = (images.class_counts == 0).nonzero()
+    if len(missing):
+        cli.fail(f"{there}: names no image of class {missing[0].item()}; give a list with images of each")
+    return images
+
+
+def read(args):
     if args.dataset not in NAMES:
         cli.fail(f"--dataset {args.dataset}: must be one of {', '.join(NAMES)}")
     if args.dataset == "synthetic":
@@ -326,8 +381,10 @@ def load(args):
     if (args.many_classes or 0) + (args.few_classes or 0) > train.num_classes:
         many, few = f"--many-classes {args.many_classes}", f"--few-classes {args.few_classes}"
         cli.fail(f"{many}, {few}: there are only {train.num_classes} classes; lower them")
-    counts = f"{train.num_classes} classes of {train.class_counts.min()} to {train.class_counts.max()}"
-    cli.say(f"{args.dataset}: {len(train)} training images in {counts}, {len(test)} test images")
+    for name in ("auto_augment", "cutout"):
+        if getattr(args, name) and (not isinstance(train, ImagesInMemory) or train.shape[0] != 3):
+            cli.fail(f"{cli.flag(name)}: is for RGB images of up to {IN_MEMORY_SIZE} pixels; leave it out")
+        setattr(train, name, getattr(args, name))
     return train, test
 
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
 
 from common import cli
 
@@ -105,3 +107,28 @@ def refusal(call, capsys):
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
     return line
+
+
+@pytest.fixture
+def jpegs(tmp_path):
+    """Options of a run on an image folder of 3 classes, for files decoded by worker processes."""
+    generator = np.random.RandomState(0)
+    for part, count in (("train", 20), ("test", 3)):
+        for k in range(3):
+            folder = tmp_path / "data" / part / f"class {k}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.randint(0, 256, (70 + i, 90, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    data = dict(dataset="image_folder", data_dir=str(tmp_path / "data"), imbalance=None, image_size=72)
+    return dict(**data, arch="resnet10", batch_size=16, color_jitter=0.4, lr_steps=())
+
+
+@pytest.fixture
+def jpeg_lists(tmp_path, jpegs):
+    """The same as list files, and dev.txt beside train.txt and test.txt, of two test images of each class."""
+    for name, part, count in (("train", "train", 20), ("test", "test", 3), ("dev", "test", 2)):
+        lines = [f"{part}/class {k}/{i}.jpg {k}" for k in range(3) for i in range(count)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    lists = {f"{name}_list": str(tmp_path / f"{name}.txt") for name in ("train", "test")}
+    return {**jpegs, "dataset": "image_list", **lists}

@@ -575,3 +575,81 @@ def test_synthetic_contexts(monkeypatch):
     assert occurring[:2] == [10, 10] and occurring[-3:] == [1, 1, 1]
     assert sorted(occurring, reverse=True) == occurring
     assert torch.bincount(10 * test_labels + test_contexts).tolist() == [10] * 100
+
+
+# Batches chosen step by step, other lists
+
+
+def test_on_demand_in_memory():
+    """What the data set gives, for items on the device."""
+    train, _ = datasets.load(Args(batch_size=8))
+    items = torch.tensor([[3, 7], [500, 2**61], [3, 7]])
+    images, labels = datasets.OnDemand(train)(items)
+    expected, of_them = train.__getitems__([tuple(item) for item in items.tolist()])
+    assert images.equal(expected) and labels.equal(of_them) and images[0].equal(images[2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_demand_from_files(jpegs, workers):
+    """The same images whoever reads them, batch after batch, and none before it is asked for."""
+    train, _ = datasets.load(Args(**{**jpegs, "num_workers": workers}))
+    fetch = datasets.OnDemand(train, share=3)
+    for seed in (1, 2):
+        items = torch.tensor([[i, seed + i] for i in (5, 40, 5, 23, 0, 59, 7)])
+        images, labels = fetch(items)
+        whole = train.__getitems__([tuple(item) for item in items.tolist()])
+        expected, of_them = whole.to(torch.device("cpu"))
+        assert images.equal(expected) and labels.equal(of_them)
+    assert images.shape == (7, 3, 72, 72)
+
+
+def test_on_demand_names_a_corrupt_file(jpegs, capsys):
+    train, _ = datasets.load(Args(**{**jpegs, "num_workers": 0}))
+    path = f"{jpegs['data_dir']}/train/class 1/3.jpg"
+    with open(path, "wb") as file:
+        file.write(b"no image")
+    with pytest.raises(SystemExit):
+        datasets.OnDemand(train)(torch.tensor([[0, 1], [33, 1]]))
+    assert f"{path}: not readable as an image" in capsys.readouterr().err
+
+
+def test_sampler_without_augmentation():
+    train, _ = datasets.load(Args(batch_size=8))
+    plain = list(datasets.EpochSampler(train, 0, augment=False))
+    assert plain == [index for index, _ in datasets.EpochSampler(train, 0)]
+
+
+def test_augmentation_of_images_in_memory():
+    """AutoAugment and the hole follow crop and flip, each by its own digits of the seed."""
+    train, _ = datasets.load(Args(batch_size=8, cutout=8))
+    holes, _ = train.__getitems__([(0, seed) for seed in range(0, 2**40, 2**31)])
+    black = (holes == ((0 - train.mean) / train.std)).all(1)
+    assert 4 * 4 <= black.flatten(1).sum(1).min() and len(black.flatten(1).unique(dim=0)) > 100
+    train.cutout, train.auto_augment = 0, True
+    ways = torch.randperm(10_000)[:400].tolist()
+    seeds = [(0, 50 * way) for way in ways]  # 2 * 5 * 5 crops and flips: the same one
+    images, _ = train.__getitems__(seeds)
+    assert len(images.flatten(1).unique(dim=0)) > 50  # many operations do nothing to this image
+    assert images.equal(torch.cat([train.__getitems__([item])[0] for item in seeds]))
+    plain, _ = train.__getitems__([0])
+    train.auto_augment = False
+    assert train.__getitems__([0])[0].equal(plain)  # nothing without a seed
+
+
+@pytest.mark.parametrize("options", [dict(auto_augment=True), dict(cutout=8)])
+def test_augmentation_of_files_is_refused(jpegs, capsys, options):
+    with pytest.raises(SystemExit):
+        datasets.load(Args(**jpegs, **options))
+    name = "--cutout" if "cutout" in options else "--auto-augment"
+    assert capsys.readouterr().err == f"{name}: is for RGB images of up to 64 pixels; leave it out\n"
+
+
+def test_another_list(tmp_path, jpeg_lists, capsys):
+    """Found where it is said to be or in --data-dir."""
+    (tmp_path / "data" / "other.txt").write_text((tmp_path / "dev.txt").read_text())
+    for file in (tmp_path / "dev.txt", "other.txt"):
+        images = datasets.load_list(Args(**{**jpeg_lists, "test_list": str(file)}), "test_list")
+        assert images.class_counts.tolist() == [2, 2, 2] and len(images) == 6
+    lacking = Args(**{**jpeg_lists, "test_list": "nowhere.txt"})
+    line = refusal(lambda: datasets.load_list(lacking, "test_list"), capsys)
+    assert line.startswith("--test-list nowhere.txt: no such list file, nor in --data-dir ")
