@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import accelerate
@@ -52,6 +53,7 @@ def start(accelerator, args, epochs=None):
             near = f"{lower} or {lower + processes}" if lower else str(processes)
             cli.fail(f"{cli.flag(name)} {size}: not a multiple of {processes} processes; use {near}")
     torch.backends.cudnn.deterministic = True  # a resumed run repeats the unbroken one on a GPU, too
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own use of it, in jvp
     late = " ".join(str(step) for step in args.lr_steps if step >= args.epochs)
     if late:
         cli.say(f"note: --lr-steps {late}: not before the end of --epochs {args.epochs}, so without effect")

@@ -8,9 +8,7 @@ import signal
 import subprocess
 import time
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from common import cli
 from tests.conftest import (
@@ -34,13 +32,18 @@ COMMANDS = sorted(
 EXACT = dict(arch="lenet", epochs=3, lr=0.02)  # no BatchNorm, whose statistics are each process's own
 # Options that make each script use all of its method within three epochs.
 METHOD = {
+    "balanced_meta_softmax.py": dict(lr_steps=(), stage2_epochs=1, stage2_lr=0.02, meta_batch_size=40),
     "bbn.py": dict(),
     "cmo.py": dict(mix_start=-1, mix_end=0, p_mix=0.7, drw=True, drw_epoch=1, loss="bs"),
     "csa.py": dict(start_aug=1, delta=0.0),
     "decoupled_crt.py": dict(sampling="square-root", stage2_epochs=1, stage2_lr=0.02),
+    "meta_weights.py": dict(pretrain_epochs=1, dev_per_class=5, freeze_backbone=False, dev_batch_size=30),
 }
-# Options that take away what each process does on its own share of a batch.
-ALIKE = {"csa.py": dict(lam_max=0.0)}  # blends contexts of its own bank
+# Options that take away what each process does on its own share of a batch, or what amplifies rounding.
+ALIKE = {
+    "balanced_meta_softmax.py": dict(lr=0.005),  # its cosine keeps the rate up for long
+    "csa.py": dict(lam_max=0.0),  # blends contexts of its own bank
+}
 
 # What is the same in every script, and long, is tested with one; with the others by `make test-slow`.
 FIRST = [pytest.param(script, marks=[pytest.mark.slow] * (script != "cmo.py")) for script in SCRIPTS]
@@ -111,21 +114,6 @@ def test_same_command_twice(script, tmp_path):
     )
     assert first["weights_sha256"] == second["weights_sha256"] != other["weights_sha256"]
     assert losses(tmp_path / "0") == losses(tmp_path / "1")
-
-
-@pytest.fixture
-def jpegs(tmp_path):
-    """Options of a run on an image folder of 3 classes, for files decoded by worker processes."""
-    generator = np.random.RandomState(0)
-    for part, count in (("train", 20), ("test", 3)):
-        for k in range(3):
-            folder = tmp_path / "data" / part / f"class {k}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.randint(0, 256, (70 + i, 90, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.jpg")
-    data = dict(dataset="image_folder", data_dir=str(tmp_path / "data"), imbalance=None, image_size=72)
-    return dict(**data, arch="resnet10", batch_size=16, color_jitter=0.4, lr_steps=())
 
 
 CORRUPT = "train/class 1/3.jpg"
