@@ -107,3 +107,16 @@ def test_recipe_that_goes_by_another_option(capsys):
     with pytest.raises(SystemExit):
         cli.parse(cli.Args, recipes, "", ["--arch", "lenet", "--help"])
     assert "(default: 6)" in capsys.readouterr().out
+
+
+def test_recipe_that_goes_by_several_options(capsys):
+    """They have their types, in the help text, too; a wrong value still takes one line."""
+    recipes = {"synthetic": dict(epochs=cli.By(lambda imbalance, arch: int(imbalance) + len(arch)))}
+    assert cli.parse(cli.Args, recipes, "", []).epochs == 107
+    assert cli.parse(cli.Args, recipes, "", ["--imbalance", "50", "--arch", "lenet"]).epochs == 55
+    assert cli.parse(cli.Args, recipes, "", ["--imbalance", "50", "--epochs", "3"]).epochs == 3
+    with pytest.raises(SystemExit):
+        cli.parse(cli.Args, recipes, "", ["--imbalance", "50", "--help"])
+    assert "number of epochs (default: 57)" in " ".join(capsys.readouterr().out.split())
+    line = refusal(lambda: cli.parse(cli.Args, recipes, "", ["--imbalance", "x"]), capsys)
+    assert line == "--imbalance: 'x' is not a number"
