@@ -3,7 +3,7 @@
 Paper:    J. Ren, C. Yu, S. Sheng, X. Ma, H. Zhao, S. Yi, H. Li, "Balanced Meta-Softmax for Long-Tailed Visual
           Recognition", NeurIPS 2020, arXiv:2007.10740.
 Method:   1. train the network on cross-entropy, freeze it, and train a new classifier      new_classifier
-          2. on the Balanced Softmax, cross-entropy of z + log n           Eq. (3), balanced_softmax_loss
+          2. on the Balanced Softmax, cross-entropy of z + log n     Eqs. (3), (4), balanced_softmax_loss
              (--tau 0.25: of the generalisation bound); predict with the plain z
           3. with images of class k drawn with probability ~ n_k sigmoid(psi_k)      Sec. 3.3, MetaSampler
           4. where psi lowers the cross-entropy of class-balanced images after a virtual step of the
@@ -16,10 +16,11 @@ Differs:  the gradient of psi is exact, as in the released code, without its dou
           drawn, then one of its images: the law of the released draw among all images, not its estimate of
           the gradient; that is --sampler-level instance. Each batch is drawn by the psi of its own step, and
           all stages and class-balanced batches have one training subset (the code draws several; on large
-          sets it takes these batches from a validation list: --meta-list). AutoAugment is torchvision's.
-          As in the code, not the paper: no Nesterov momentum, Adam's usual betas; on large sets the rate of
-          psi, its start (--init-power) and the settings of stage 2. In stage 2 BatchNorm statistics move (not
-          in our synthetic recipe). Places-LT starts from decoupled_crt.py's stage 1.
+          sets it takes these batches from a validation list: --meta-list), whose rounds begin anew each
+          epoch. AutoAugment is torchvision's. As in the code, not the paper or its talk: the classifier's
+          real step is on the batch drawn before psi's, no Nesterov momentum, Adam's usual betas; on large
+          sets the rate of psi, its start (--init-power) and the settings of stage 2. In stage 2 BatchNorm
+          statistics move (not in our synthetic recipe). Places-LT starts from decoupled_crt.py's stage 1.
           An incomplete last batch is dropped; the result is the last epoch.
 Expected: cifar10_lt, imbalance 200 / 100 / 10, ResNet-32: softmax 71.2 / 77.4 / 90.0 all, Balanced Softmax
           end to end 79.0 / 83.1 / 90.9, BALMS 81.5 / 84.9 / 91.3; cifar100_lt: 41.0 / 45.3 / 61.9, 45.9 /
@@ -47,6 +48,7 @@ def cifar(largest, num_classes):
     """Recipe of a CIFAR: the released numbers of iterations, in epochs of the lengths of its loaders."""
 
     def epochs(iterations, imbalance, drop_last=False):
+        imbalance = imbalance if imbalance >= 1 else 1.0  # less is refused later
         images = sum(datasets.long_tail_counts(largest, num_classes, imbalance))
         return math.ceil(iterations / (images // 512 if drop_last else math.ceil(images / 512)))
 
@@ -74,7 +76,7 @@ RECIPES = {
                       bn_train_in_stage2=False),
 }
 # fmt: on
-TRAINING = ("epochs", "lr", "warmup", "wd", "loss", "sampling")  # what stage 1 was, of the run of --stage1
+TRAINING = ("epochs", "lr", "warmup", "loss", "sampling")  # what stage 1 was, of the run of --stage1
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Args(cli.Args):
     stage2_sampling: str = cli.option(
         "instance", "how stage 2 draws images with --meta none", choices=("instance", "class")
     )
-    stage2_epochs: int = cli.option(10, "epochs of stage 2", least=1)
+    stage2_epochs: int = cli.option(10, "epochs of stage 2", least=2, hint="(in the last one the rate is 0)")
     stage2_lr: float = cli.option(0.1, "learning rate of stage 2", above=0)
     bn_train_in_stage2: bool = cli.option(
         True, "in stage 2 BatchNorm goes by the batch and its statistics move, as in the released code"
@@ -107,7 +109,9 @@ class Args(cli.Args):
     sampler_level: str = cli.option(
         "class", "what the Meta Sampler draws among, classes or all images", choices=("class", "instance")
     )
-    init_power: float = cli.option(0.0, "p: at first class k is drawn with probability ~ n_k^(1-p)", least=0)
+    init_power: float = cli.option(
+        0.0, "p: at first class k is drawn with probability ~ n_k^(1-p)", least=0, most=4
+    )
     psi_lr: float = cli.option(0.01, "Adam's learning rate of psi", least=0)
     meta_batch_size: int = cli.option(512, "class-balanced images per step over all processes", least=1)
     meta_list: str | None = cli.option(
@@ -118,11 +122,18 @@ class Args(cli.Args):
         super().__post_init__()
         if self.lr_steps:
             cli.fail(f"--lr-steps {self.lr_steps[0]}: has no effect on a cosine schedule; leave it out")
+        if self.epochs == 1 and not self.stage1:
+            cli.fail("--epochs 1: the rate is 0 in the last epoch, so nothing would be trained; use more")
         if self.warmup >= self.epochs and not self.stage1:
             cli.fail(f"--warmup {self.warmup}: not before the end of --epochs {self.epochs}; lower it")
         if self.meta != "none" and self.stage2_sampling != "instance":
             given = f"--stage2-sampling {self.stage2_sampling}"
             cli.fail(f"{given}: has no effect on --meta {self.meta}; leave it out, or add --meta none")
+        learned = self.meta if self.classifier == "new" else "none"
+        if self.sampler_level == "instance" and learned != "sampler":
+            cli.fail("--sampler-level instance: there is no Meta Sampler here; leave it out")
+        if self.meta_list and learned == "none":
+            cli.fail(f"--meta-list {self.meta_list}: nothing is learned from it here; leave it out")
         if self.stage1 and self.classifier == "joint":
             cli.fail("--classifier joint: has no stage 2 to go on with from --stage1; use new")
         if self.dataset == "places_lt" and not self.stage1:
@@ -130,19 +141,19 @@ class Args(cli.Args):
 
 
 def log_prior(class_counts, tau=1.0):
-    """tau * log n_k [K]. ValueError where a class has no image, as it would have no probability at all."""
+    """tau * log n_k [K], float32. ValueError where a class has no image: it would have no probability."""
     if class_counts.min() < 1:
         raise ValueError("Balanced Softmax needs at least one image of every class")
-    return tau * class_counts.double().log()
+    return (tau * class_counts.double().log()).float()
 
 
 def balanced_softmax_loss(logits, labels, prior):
-    """-log of n_y^tau e^{z_y} / sum_k n_k^tau e^{z_k} for each image [B], Eq. (3), in nats.
+    """-log of n_y^tau e^{z_y} / sum_k n_k^tau e^{z_k} for each image [B], Eq. (4), in nats.
 
-    logits z [B, K], labels [B], prior = log_prior [K]. Where the prior is the same for all classes, as with
-    tau = 0 or equal counts, this is cross-entropy.
+    logits z [B, K], labels [B], prior = log_prior [K]; the sum is in float32 or wider. Where the prior is the
+    same for all classes, as with tau = 0 or equal counts, this is cross-entropy.
     """
-    return F.cross_entropy(logits + prior.to(logits), labels, reduction="none")
+    return F.cross_entropy(logits + prior, labels, reduction="none")
 
 
 def class_cycle(size, labels, class_counts, generator):
@@ -161,16 +172,14 @@ def class_cycle(size, labels, class_counts, generator):
     return indices
 
 
-def make_loader(dataset, sampling, stream, batch_size, args, size=None, augment=True):
-    """Batches of an epoch of `size` images (default: N): a permutation, or with "class" class_cycle."""
+def make_sampler(dataset, sampling, stream, args, **how):
+    """A permutation of the images ("instance"), or class_cycle ("class"), of N images or how["size"]."""
 
     def cycle(size, epoch, generator):
         return class_cycle(size, dataset.labels, dataset.class_counts, generator)
 
     order = cycle if sampling == "class" else datasets.shuffled
-    sampler = datasets.EpochSampler(dataset, args.seed, stream, order=order, size=size, augment=augment)
-    options = datasets.loader_options(dataset)
-    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, **options)
+    return datasets.EpochSampler(dataset, args.seed, stream, order=order, **how)
 
 
 def initial_psi(class_counts, power):
@@ -244,11 +253,10 @@ class MetaSampler(ClassRates):
         else:
             log_weights = log_weights[self.labels]
         noise = torch.empty(size, len(log_weights), device=here).exponential_(generator=generator).log().neg()
-        place = torch.rand(size, dtype=torch.float64, device=here, generator=generator)[share]
-        seeds = torch.randint(2**62, (size,), device=here, generator=generator)[share]
+        within, seeds = torch.randint(2**62, (2, size), device=here, generator=generator)[:, share]
         chosen, factors = straight_through(log_weights, noise[share])
         if self.level == "class":
-            chosen = self.by_class[self.first[chosen] + (place * self.class_counts[chosen]).long()]
+            chosen = self.by_class[self.first[chosen] + within % self.class_counts[chosen]]
         return torch.stack([chosen, seeds], 1), factors
 
     def batches(self, loader, epoch, accelerator, args):
@@ -266,6 +274,13 @@ class MetaSampler(ClassRates):
         rates = self().detach()
         law = class_law(rates, self.class_counts).tolist()
         return {"class_rates": law, "rates_variance": rates.var(correction=0).item()}
+
+
+def make_learner(train_set, args):
+    """What --meta learns."""
+    if args.meta == "sampler":
+        return MetaSampler(train_set, args.init_power, args.sampler_level)
+    return MetaReweighter(train_set.class_counts, args.init_power)
 
 
 def virtual_step(classifier, gradients, optimizer):
@@ -312,7 +327,7 @@ def new_classifier(network, args):
 
 def make_stages(args):
     """(number, options, epochs) of each stage; epochs count on, stage 2's options have stage 1's names."""
-    stages = [] if args.stage1 else [(1, dataclasses.replace(args, meta="none"), range(args.epochs))]
+    stages = [] if args.stage1 else [(1, args, range(args.epochs))]
     if args.classifier == "new":
         own = {name: getattr(args, f"stage2_{name}") for name in ("epochs", "lr", "loss", "sampling")}
         epochs = range(args.epochs, args.epochs + args.stage2_epochs)
@@ -331,7 +346,7 @@ def learning_rate(epoch, args):
 def train_one_epoch(run, model, loader, optimizer, prior, stage, args):
     model.train()
     if stage == 2 and not args.bn_train_in_stage2:
-        run.accelerator.unwrap_model(model).eval()
+        run.accelerator.unwrap_model(model, keep_torch_compile=False).eval()
     for images, labels in run.steps(loader):
         loss = balanced_softmax_loss(model(images), labels, prior).mean()
         optimizer.zero_grad()
@@ -357,7 +372,8 @@ def train_one_meta_epoch(
         (gradient,) = torch.autograd.grad(factors, learner.psi, gradients)
         learner.psi.grad = accelerator.reduce(gradient, reduction="sum")
         psi_optimizer.step()
-        # The real step, on the same images: what the sampler has learned is for the batches to come.
+        # The real step, on the same images: a sampler's new psi is for the batches to come, a reweighter's
+        # weighs this one.
         weights = learner().detach()[labels] if args.meta == "reweighter" else 1.0
         loss = (weights * balanced_softmax_loss(model(images), labels, prior)).mean()
         optimizer.zero_grad()
@@ -374,42 +390,42 @@ def main(args: Args) -> dict:
     run = runs.start(accelerator, args, epochs=stages[-1][2].stop)
     train_set, test_set = datasets.load(args)
     meta_set = datasets.load_list(args, "meta_list") if args.meta_list else train_set
-    class_counts, size = train_set.class_counts, args.batch_size
-    test_loader = DataLoader(test_set, size, **datasets.loader_options(test_set))
-    test_loader = accelerator.prepare(test_loader)
-    network = models.build(args.arch, train_set.num_classes, args.seed, train_set.shape)
+    class_counts, device = train_set.class_counts, accelerator.device
+    options = datasets.loader_options(train_set)
+    test_loader = accelerator.prepare(DataLoader(test_set, args.batch_size, **options))
+    network = models.build(args.arch, train_set.num_classes, args.seed, train_set.shape).to(device)
     if weights is not None:
         models.load_weights(network, weights, f"--stage1 {args.stage1}")
-    network.to(accelerator.device)
     for stage, settings, epochs in stages:
         if stage == 2:
             new_classifier(network, args)
-        loader = make_loader(train_set, settings.sampling, stage - 1, size, args)
+        sampler = make_sampler(train_set, settings.sampling, stage - 1, args)
+        train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)
         optimizer = torch.optim.SGD(network.parameters(), settings.lr, momentum=0.9, weight_decay=args.wd)
-        model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
-        prior = log_prior(class_counts, args.tau if settings.loss == "bs" else 0.0).to(accelerator.device)
-        tracked, loaders = dict(model=model, optimizer=optimizer), [loader]
-        if settings.meta != "none":
-            learner = MetaReweighter(class_counts, args.init_power)
-            if settings.meta == "sampler":
-                learner = MetaSampler(train_set, args.init_power, args.sampler_level)
-            psi_optimizer = torch.optim.Adam(learner.to(accelerator.device).parameters(), args.psi_lr)
-            meta_images = dict(size=len(loader) * args.meta_batch_size, augment=not args.meta_list)
-            meta_loader = make_loader(meta_set, "class", 3, args.meta_batch_size, args, **meta_images)
+        model, optimizer, train_loader = accelerator.prepare(network, optimizer, train_loader)
+        prior = log_prior(class_counts, args.tau if settings.loss == "bs" else 0.0).to(device)
+        loaders, tracked = [train_loader], dict(model=model, optimizer=optimizer)
+        learns = stage == 2 and args.meta != "none"
+        if learns:
+            size = args.meta_batch_size
+            how = dict(size=len(train_loader) * size, augment=not args.meta_list)
+            sampler = make_sampler(meta_set, "class", 3, args, **how)
+            meta_loader = DataLoader(meta_set, size, sampler=sampler, drop_last=True, **options)
             loaders.append(accelerator.prepare(meta_loader))
+            learner = make_learner(train_set, args).to(device)
+            psi_optimizer = torch.optim.Adam(learner.parameters(), args.psi_lr)
             tracked |= dict(learner=learner, psi_optimizer=psi_optimizer)
         for epoch in run.track(epochs, **tracked):
             run.begin_epoch(epoch, *loaders)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch - epochs.start, settings)
-            if settings.meta == "none":
-                train_one_epoch(run, model, loader, optimizer, prior, stage, args)
-            else:
+            if learns:
                 psi = learner, psi_optimizer
                 train_one_meta_epoch(run, model, *loaders, optimizer, *psi, prior, epoch, args)
+            else:
+                train_one_epoch(run, model, train_loader, optimizer, prior, stage, args)
             accuracy = evaluation.per_split(accelerator, model, test_loader, class_counts, args)
-            facts = {} if settings.meta == "none" else learner.facts()
-            run.end_epoch(epoch, {**accuracy, **facts})
+            run.end_epoch(epoch, {**accuracy, **(learner.facts() if learns else {})})
         accelerator.free_memory()  # stage 2 prepares the network anew, for its own part to be trained
     return run.finish(**({"stage1_args": stage1_args} if args.stage1 else {}))
 

@@ -366,7 +366,7 @@ def train_one_epoch(run, model, loader, optimizer, stage, epoch, args):
     model.train()
     accelerator = run.accelerator
     if stage == 2 and not args.bn_train_in_stage2:
-        accelerator.unwrap_model(model).eval()
+        accelerator.unwrap_model(model, keep_torch_compile=False).eval()
     draws = np.random.RandomState(datasets.epoch_seed(args.seed, epoch, stream=3) % 2**32)
     for images, labels in run.steps(loader):
         if args.mixup_alpha:  # each process permutes its share of the batch

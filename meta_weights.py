@@ -9,13 +9,15 @@ Method:   1. train with the plain loss for --pretrain-epochs
           The loss is cross-entropy, focal or LDAM. --method: class-balanced loss (cb), class-balanced
           fine-tuning (finetune), L2RW, Meta-Weight-Net and plain training, for comparison.
 Differs:  the gradient of eps is exact, as in the released code, without its double backward pass. As in the
-          code: beta = 0.9999 for all counts (paper: (N - 1) / N), the step ahead is along the sum of the
+          code: beta = 0.9999, here on all sets (paper: (N - 1) / N), the step ahead is along the sum of the
           batch's weighted losses though the real one is along their mean, and its rate falls an epoch later;
           eps is neither clipped nor normalised. CIFAR's development images, 10 per class, are set aside
-          before the long-tailed cut (seeds 6 and 42, but not image for image the released selection); on
-          iNaturalist they are training images, on ImageNet-LT and Places-LT of the validation lists. Zero
-          padding, and the other scripts' normalisation. For large sets the paper leaves most settings open;
-          ours train the classifier alone in the second part, with the last rate of the first.
+          before the long-tailed cut (seeds 6 and 42, but not image for image the released selection), and
+          their batches go through them in turn; on iNaturalist they are training images, on ImageNet-LT and
+          Places-LT of the validation lists. Zero padding, and the other scripts' normalisation. The focal
+          loss is that of the softmax, gamma 1. For large sets the paper leaves most settings open: ours train
+          the classifier alone in the second part, with the last rate of the first; ImageNet-LT has ResNet-10
+          (paper: ResNet-32).
           An incomplete last batch is dropped; the result is the last epoch (paper: the best).
 Expected: cifar10_lt, imbalance 200 / 100 / 10, ResNet-32, cross-entropy: plain 65.7 / 70.4 / 86.4 all, cb
           68.9 / 72.4 / 86.8, meta 70.7 / 76.4 / 88.9; with LDAM meta 77.2 / 80.0 / 87.4; cifar100_lt,
@@ -40,6 +42,15 @@ from torch.utils.data import DataLoader
 
 from common import cli, datasets, evaluation, models, runs
 
+TWO_PARTS = ("meta", "finetune")
+WITH_DEV = ("meta", "l2rw", "mwnet")
+# Of which methods an option is.
+ONLY = dict(
+    tau=["meta"], inner_lr=["meta"], inner_reduction=["meta"], beta=["meta", "cb"], mwnet_lr=["mwnet"]
+)
+ONLY |= dict(meta_loss=WITH_DEV, dev_list=WITH_DEV, pretrain_epochs=TWO_PARTS, freeze_backbone=TWO_PARTS)
+
+
 # Settings of the released code (CIFAR), of the paper as far as it has them (the large sets) and our own (the
 # rest), one row per data set; an option given on the command line wins.
 # fmt: off
@@ -48,17 +59,20 @@ CIFAR = dict(arch="resnet32", batch_size=100, wd=5e-4, dev="apart",
              lr_steps=cli.By(lambda method: (80, 90) if method == "mwnet" else (159, 179)),
              lr_factor=cli.By(lambda method: 0.1 if method == "mwnet" else 0.01),
              pretrain_epochs=cli.By(lambda method: 160 if method in TWO_PARTS else 0))
-LARGE = dict(arch="resnet50", imbalance=None, batch_size=256, epochs=120, lr=0.01, lr_steps=(60, 80), wd=5e-4,
+LARGE = dict(arch="resnet50", imbalance=None, batch_size=256, lr=0.01, lr_steps=(60, 80), wd=5e-4,
              pretrained=True, freeze_backbone=cli.By(lambda method: method in TWO_PARTS),
+             epochs=cli.By(lambda method: 120 if method in TWO_PARTS else 100),
              pretrain_epochs=cli.By(lambda method: 100 if method in TWO_PARTS else 0))
 FILES = dict(LARGE, pretrained=False, lr=0.1, dev_per_class=5)
 RECIPES = {
     "cifar10_lt": CIFAR,
     "cifar100_lt": CIFAR,
     "imagenet_lt": dict(LARGE, arch="resnet10", lr=0.1, lr_steps=(35, 70), pretrained=False, color_jitter=0.4,
-                        dev_list="ImageNet_LT_val.txt", dev_per_class=20),
-    "places_lt": dict(LARGE, arch="resnet152", epochs=50, lr_steps=(10, 20), color_jitter=0.4,
-                      dev_list="Places_LT_val.txt",
+                        dev_list=cli.By(lambda method: "ImageNet_LT_val.txt" if method in WITH_DEV else None),
+                        dev_per_class=20),
+    "places_lt": dict(LARGE, arch="resnet152", lr_steps=(10, 20), color_jitter=0.4,
+                      dev_list=cli.By(lambda method: "Places_LT_val.txt" if method in WITH_DEV else None),
+                      epochs=cli.By(lambda method: 50 if method in TWO_PARTS else 30),
                       pretrain_epochs=cli.By(lambda method: 30 if method in TWO_PARTS else 0)),
     "inat2017": dict(LARGE, dev_per_class=5),
     "inat2018": dict(LARGE, dev_per_class=2, few_under=21),
@@ -68,8 +82,6 @@ RECIPES = {
                       pretrain_epochs=cli.By(lambda method: 28 if method in TWO_PARTS else 0)),
 }
 # fmt: on
-TWO_PARTS = ("meta", "finetune")
-WITH_DEV = ("meta", "l2rw", "mwnet")
 SCALE = 30.0  # LDAM's factor on the cosines
 
 
@@ -86,11 +98,13 @@ class Args(cli.Args):
     max_margin: float = cli.option(0.5, "LDAM's margin of the rarest class", above=0)
     beta: float = cli.option(0.9999, "of the effective number of images", least=0, most=0.9999999)
     pretrain_epochs: int = cli.option(0, "epochs of plain training that come first", least=0)
-    tau: float = cli.option(0.01, "step of eps along its gradient; 0 leaves the class weights", least=0)
-    inner_lr: float | None = cli.option(
-        None, "rate of the step ahead (default: the learning rate of the epoch before)", least=0
+    tau: float = cli.option(
+        0.01, "step of meta's eps along its gradient; 0 leaves the class weights", least=0
     )
-    inner_reduction: str = cli.option("sum", "of the losses along which it goes", choices=("sum", "mean"))
+    inner_lr: float | None = cli.option(
+        None, "rate of the step ahead of meta (default: the learning rate of the epoch before)", least=0
+    )
+    inner_reduction: str = cli.option("sum", "of the losses along which that goes", choices=("sum", "mean"))
     meta_loss: str = cli.option("same", "loss of development images, or plain ce", choices=("same", "ce"))
     mwnet_lr: float = cli.option(1e-5, "learning rate of Meta-Weight-Net's network", above=0)
     dev: str = cli.option(
@@ -110,9 +124,10 @@ class Args(cli.Args):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.method not in TWO_PARTS and self.pretrain_epochs:
-            given = f"--pretrain-epochs {self.pretrain_epochs}"
-            cli.fail(f"{given}: is of --method {' and '.join(TWO_PARTS)}; leave it out")
+        for name, methods in ONLY.items():
+            value = getattr(self, name)
+            if self.method not in methods and value != getattr(Args, name):
+                cli.fail(f"{cli.flag(name)} {value}: is of --method {' and '.join(methods)}; leave it out")
         if self.pretrain_epochs >= self.epochs:
             given = f"--pretrain-epochs {self.pretrain_epochs}"
             cli.fail(f"{given}: not before the end of --epochs {self.epochs}; lower it")
@@ -166,18 +181,23 @@ def load(args):
     return train, source.subset(taken), test
 
 
-def make_loader(dataset, stream, batch_size, args, steps=None):
-    """Batches of a permutation; with `steps` so many, over as many permutations as it takes."""
+def fitting(batch_size, dataset, processes):
+    """batch_size, or less where there are fewer images; a multiple of the processes."""
+    size = min(batch_size, len(dataset)) // processes * processes
+    if size == 0:
+        cli.fail(f"{len(dataset)} class-balanced images are too few for {processes} processes; use fewer")
+    return size
+
+
+def dev_sampler(dev_set, batch_size, steps, args):
+    """`steps` batches of development images, in one random order of them after the other."""
+    whole = len(dev_set) // batch_size * batch_size  # no image is in a batch twice
 
     def orders(size, epoch, generator):
-        whole = len(dataset) // batch_size * batch_size  # no image is in a batch twice
         times = range(0, size, whole)
-        return torch.cat([torch.randperm(len(dataset), generator=generator)[:whole] for _ in times])[:size]
+        return torch.cat([torch.randperm(len(dev_set), generator=generator)[:whole] for _ in times])[:size]
 
-    how = {} if steps is None else dict(order=orders, size=steps * batch_size)
-    sampler = datasets.EpochSampler(dataset, args.seed, stream, **how)
-    options = datasets.loader_options(dataset)
-    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, **options)
+    return datasets.EpochSampler(dev_set, args.seed, stream=1, order=orders, size=steps * batch_size)
 
 
 def balanced_subset(train_set):
@@ -245,7 +265,7 @@ class Weighting:
     def __init__(self, accelerator, network, class_counts, args):
         self.accelerator, self.network, self.args = accelerator, network, args
         self.prior = class_weights(class_counts, args.beta).float().to(accelerator.device)
-        self.margins = ldam_margins(class_counts, args.max_margin).to(accelerator.device)
+        self.margins = ldam_margins(class_counts, args.max_margin).float().to(accelerator.device)
         # The part of the network that takes the step ahead, and a copy of it without numbers of its own.
         self.module = network.classifier if args.freeze_backbone else network
         self.skeleton = copy.deepcopy(self.module).to("meta").train()
@@ -298,6 +318,8 @@ class Weighting:
 
     def facts(self):
         """For the log: mean weight and mean eps of each class over the epoch, mean and largest |eps| / w."""
+        if not self.largest:  # no weights were learned
+            return {}
         images, weights, eps, ratio = self.accelerator.reduce(self.sums, reduction="sum").cpu()
 
         def means(sums):  # None for a class that was not drawn
@@ -324,20 +346,20 @@ def learning_rate(epoch, args):
 
 
 def inner_learning_rate(epoch, args):
-    """Rate of the step ahead: it falls one epoch after the learning rate, as in the released code."""
+    """Rate of the step ahead: meta's falls one epoch after the learning rate, as in the released code."""
     if args.inner_lr is not None:
         return args.inner_lr
     return learning_rate(max(epoch - 1, 0) if args.method == "meta" else epoch, args)
 
 
-def train_one_epoch(run, model, loader, dev_loader, optimizer, weighting, stage, epoch, args):
-    """dev_loader: of development images, None where no weights are learned from them."""
+def train_one_epoch(run, model, loaders, optimizer, weighting, stage, epoch, args):
+    """loaders: of training images, and where weights are learned of development images."""
     model.train()
     if stage == 2 and args.freeze_backbone:
-        run.accelerator.unwrap_model(model).eval()
+        run.accelerator.unwrap_model(model, keep_torch_compile=False).eval()
     weighting.begin_epoch()
-    dev_batches = [None] * len(loader) if dev_loader is None else dev_loader
-    for batch, dev_batch in zip(run.steps(loader), dev_batches, strict=True):
+    dev_batches = loaders[1] if len(loaders) > 1 else [None] * len(loaders[0])
+    for batch, dev_batch in zip(run.steps(loaders[0]), dev_batches, strict=True):
         images, labels = batch
         if dev_batch is not None:
             weights = weighting.learn(batch, dev_batch, inner_learning_rate(epoch, args))
@@ -355,44 +377,43 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args)
     train_set, dev_set, test_set = load(args)
-    class_counts = train_set.class_counts
-    test_loader = DataLoader(test_set, args.batch_size, **datasets.loader_options(test_set))
-    test_loader = accelerator.prepare(test_loader)
-    cosine = SCALE if args.loss == "ldam" else None
-    options = dict(cosine=cosine, pretrained=args.pretrained)
-    network = models.build(args.arch, train_set.num_classes, args.seed, train_set.shape, **options)
+    class_counts, processes = train_set.class_counts, accelerator.num_processes
+    options = datasets.loader_options(train_set)
+    test_loader = accelerator.prepare(DataLoader(test_set, args.batch_size, **options))
+    how = dict(cosine=SCALE if args.loss == "ldam" else None, pretrained=args.pretrained)
+    network = models.build(args.arch, train_set.num_classes, args.seed, train_set.shape, **how)
     weighting = Weighting(accelerator, network.to(accelerator.device), class_counts, args)
-    momentum = None
+    sets = {1: train_set, 2: balanced_subset(train_set) if args.method == "finetune" else train_set}
+    sizes = {stage: fitting(args.batch_size, images, processes) for stage, images in sets.items()}
+    dev_size = fitting(args.dev_batch_size, dev_set, processes) if args.method in WITH_DEV else None
+    state = None  # of stage 1's optimizer
     for stage, epochs in make_stages(args):
         if stage == 2 and args.freeze_backbone:
             network.requires_grad_(False)
             network.classifier.requires_grad_(True)
-        optimizer = torch.optim.SGD(
-            network.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=True
-        )
-        if momentum is not None and not args.freeze_backbone:
-            optimizer.load_state_dict(momentum)  # the stages of CIFAR are one training
-        images = balanced_subset(train_set) if stage == 2 and args.method == "finetune" else train_set
-        loader = make_loader(images, 0, min(args.batch_size, len(images)), args)
-        model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
-        tracked, dev_loader = dict(model=model, optimizer=optimizer), None
-        loaders = [loader]
+        sampler = datasets.EpochSampler(sets[stage], args.seed)
+        train_loader = DataLoader(sets[stage], sizes[stage], sampler=sampler, drop_last=True, **options)
+        how = dict(momentum=0.9, nesterov=True, weight_decay=args.wd)
+        optimizer = torch.optim.SGD(network.parameters(), args.lr, **how)
+        if state and not args.freeze_backbone:  # the same training goes on
+            optimizer.load_state_dict(state)
+        model, optimizer, train_loader = accelerator.prepare(network, optimizer, train_loader)
+        loaders, tracked = [train_loader], dict(model=model, optimizer=optimizer)
         if stage == 2 and args.method in WITH_DEV:
-            processes = accelerator.num_processes
-            size = min(args.dev_batch_size, len(dev_set)) // processes * processes
-            dev_loader = accelerator.prepare(make_loader(dev_set, 3, size, args, steps=len(loader)))
-            loaders.append(dev_loader)
-            if args.method == "mwnet":
-                tracked |= dict(weight_net=weighting.net, net_optimizer=weighting.net_optimizer)
+            sampler = dev_sampler(dev_set, dev_size, len(train_loader), args)
+            dev_loader = DataLoader(dev_set, dev_size, sampler=sampler, drop_last=True, **options)
+            loaders.append(accelerator.prepare(dev_loader))
+        if stage == 2 and args.method == "mwnet":
+            tracked |= dict(weight_net=weighting.net, net_optimizer=weighting.net_optimizer)
         for epoch in run.track(epochs, **tracked):
             run.begin_epoch(epoch, *loaders)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch, args)
-            train_one_epoch(run, model, loader, dev_loader, optimizer, weighting, stage, epoch, args)
+            train_one_epoch(run, model, loaders, optimizer, weighting, stage, epoch, args)
             accuracy = evaluation.per_split(accelerator, model, test_loader, class_counts, args)
-            run.end_epoch(epoch, {**accuracy, **(weighting.facts() if dev_loader else {})})
-        momentum = optimizer.state_dict()
-        accelerator.free_memory()  # the second part is prepared anew, maybe with a part of the network
+            run.end_epoch(epoch, {**accuracy, **weighting.facts()})
+        state = optimizer.state_dict()
+        accelerator.free_memory()  # stage 2 is prepared anew, maybe with only the classifier to be trained
     return run.finish()
 
 

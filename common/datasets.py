@@ -384,7 +384,8 @@ def read(args):
     for name in ("auto_augment", "cutout"):
         if getattr(args, name) and (not isinstance(train, ImagesInMemory) or train.shape[0] != 3):
             cli.fail(f"{cli.flag(name)}: is for RGB images of up to {IN_MEMORY_SIZE} pixels; leave it out")
-        setattr(train, name, getattr(args, name))
+        for part in (train, test):  # nothing is augmented without a seed
+            setattr(part, name, getattr(args, name))
     return train, test
 
 

@@ -288,8 +288,8 @@ def read_finished(folder):
 def adopt_stage1(args, training):
     """(args with the options `training` of the run that --stage1 names, all options of it, its weights).
 
-    It has to be a finished one of the same data and network, of a script that trains it in one stage. Without
-    --stage1: (args, None, None).
+    It has to be a finished one of the same data and network, of a script that trains it in one stage. A value
+    that is no choice here is not taken. Without --stage1: (args, None, None).
     """
     if args.stage1 is None:
         return args, None, None
@@ -313,7 +313,9 @@ def adopt_stage1(args, training):
             f"note: --seed {args.seed} is of stage 2 alone; stage 1 in {args.stage1} has {theirs['seed']}"
         )
     own = {name: theirs.get(name, getattr(type(args), name)) for name in training}
-    for name in [name for name in training if own[name] != getattr(args, name)]:
+    choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(args)}
+    own = {name: value for name, value in own.items() if not choices[name] or value in choices[name]}
+    for name in [name for name in own if own[name] != getattr(args, name)]:
         cli.say(f"note: {cli.flag(name)} {own[name]} of stage 1 in {args.stage1}, not {getattr(args, name)}")
     return dataclasses.replace(args, **own), theirs, weights
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import balanced_meta_softmax as bms
+import decoupled_crt
 from balanced_meta_softmax import Args
 from common import cli, models
 from tests import double_backward
@@ -89,6 +90,11 @@ def test_class_without_images():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_at_the_edges(dtype):
+    """The prior is added in float32, whatever the logits."""
+    few = torch.tensor([[1280, 600, 5]]).log().to(dtype)
+    exact = F.cross_entropy(few.double() + torch.tensor([1280, 600, 5]).log(), torch.tensor([1]))
+    found = bms.balanced_softmax_loss(few, torch.tensor([1]), bms.log_prior(torch.tensor([1280, 600, 5])))
+    close(found[0], exact, 1e-6)
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]], dtype=dtype, requires_grad=True)
     losses = bms.balanced_softmax_loss(logits, torch.tensor([0, 0]), bms.log_prior(COUNTS))
     losses.sum().backward()
@@ -253,11 +259,12 @@ def test_gradient_is_that_of_a_double_backward_pass(kind, momentum):
         psi = torch.tensor([-0.3, 0.2, 0.5], dtype=dtype, requires_grad=True)
         factors = factors_of(kind, psi, batch[1])
         arguments = classifier, optimizer, factors, batch, meta_batch, prior
+        kept = list(classifier.parameters()), [p.grad for p in classifier.parameters()]
         gradients = bms.factor_gradients(Accelerator(), *arguments)
         (ours,) = torch.autograd.grad(factors, psi, gradients, retain_graph=True)
         slow = slow_gradient(*arguments, psi)
         assert ((ours - slow).norm() / slow.norm()).item() < tolerance and slow.norm() > 1e-6
-        assert all(p.grad is None or momentum for p in classifier.parameters())
+        assert all(p.grad is None or p.grad is before for p, before in zip(*kept, strict=True))
 
 
 def test_gradient_in_closed_form():
@@ -350,7 +357,7 @@ def test_learning_rates():
     (_, one, first), (_, two, second) = bms.make_stages(args)
     assert (first, second) == (range(591), range(591, 687))
     close([bms.learning_rate(e - 1, two) for e in (1, 96)], [0.099973, 0.0], 5e-7)
-    assert (one.meta, two.meta, one.loss, two.loss) == ("none", "sampler", "ce", "bs")
+    assert (one.loss, two.loss, one.sampling, two.sampling) == ("ce", "bs", "instance", "instance")
 
 
 @pytest.mark.parametrize(
@@ -379,6 +386,9 @@ def test_recipes_of_the_large_sets():
         args = cli.build(Args, bms.RECIPES, dataset=dataset, **given)
         return [getattr(args, name) for name in names]
 
+    for dataset in ("imagenet_lt", "places_lt"):
+        assert values(dataset, "wd", "color_jitter", "warmup", stage1="x") == [5e-4, 0.4, 0]
+    assert values("imagenet_lt", "batch_size") == [512]
     names = "arch", "lr", "epochs", "stage2_lr", "stage2_epochs", "psi_lr", "init_power", "meta_batch_size"
     assert values("imagenet_lt", *names) == ["resnet10", 0.2, 90, 0.5, 20, 0.001, 0.1, 1024]
     assert values("imagenet_lt", *names[3:5], meta="none") == [0.4, 10]
@@ -421,6 +431,17 @@ def test_both_in_one_command_are_one_after_the_other(tmp_path, stage1):
     assert apart["stage1_args"]["classifier"] == "joint"
 
 
+def test_stage_1_of_another_script(tmp_path):
+    """Its way of drawing is no choice here, its weight decay not that of stage 2."""
+    own = dict(TINY, classifier="joint", sampling="square-root", wd=0.25, output_dir=str(tmp_path / "theirs"))
+    decoupled_crt.main(decoupled_crt.Args(**{**own, "arch": "lenet", "lr": 0.001}))
+    args = tiny(tmp_path, arch="lenet", stage1=str(tmp_path / "theirs"), wd=0.5, stage2_lr=0.001)
+    result = bms.main(args)
+    assert result["stage1_args"]["sampling"] == "square-root" and result["args"]["sampling"] == "instance"
+    (group,) = state_of(tmp_path / "run", 3, of="optimizer")["param_groups"]
+    assert group["weight_decay"] == 0.5
+
+
 def test_without_a_meta_step_the_sampler_keeps_its_start(tmp_path, stage1):
     """p = 0 draws images evenly; other powers keep their own law."""
     for power in (0.0, 0.5):
@@ -441,9 +462,12 @@ def test_tau_zero_is_cross_entropy(tmp_path, stage1):
 
 
 def test_equal_counts_make_a_run_plain(tmp_path):
-    options = dict(classifier="joint", imbalance=1.0, epochs=1, batch_size=500, arch="lenet", lr=0.001)
-    ce, bs = (bms.main(tiny(tmp_path, loss, loss=loss, **options)) for loss in ("ce", "bs"))
-    close(ce["loss"], bs["loss"], 1e-5)
+    options = dict(classifier="joint", imbalance=1.0, epochs=3, batch_size=500, arch="lenet", lr=0.001)
+    for loss in ("ce", "bs"):
+        bms.main(tiny(tmp_path, loss, loss=loss, **options))
+    ce, bs = ([line["loss"] for line in lines_of(tmp_path / loss)] for loss in ("ce", "bs"))
+    close(ce, bs, 1e-5)
+    assert ce[1] < ce[0] - 0.01  # it was trained
 
 
 def test_log(tmp_path, stage1):
@@ -465,14 +489,14 @@ def test_what_is_of_every_class_is_not_printed(tmp_path, stage1, capsys):
 
 @pytest.mark.parametrize("options", [dict(sampling="class"), dict(stage2_sampling="class", meta="none")])
 def test_class_balanced_sampling(tmp_path, monkeypatch, options):
-    seen, make_loader = [], bms.make_loader
+    seen, make_sampler = [], bms.make_sampler
 
     def spy(dataset, sampling, *rest, **more):
         seen.append(sampling)
-        return make_loader(dataset, sampling, *rest, **more)
+        return make_sampler(dataset, sampling, *rest, **more)
 
-    monkeypatch.setattr(bms, "make_loader", spy)
-    bms.main(tiny(tmp_path, epochs=1, stage2_epochs=1, **options))
+    monkeypatch.setattr(bms, "make_sampler", spy)
+    bms.main(tiny(tmp_path, **options))
     expected = ["class", "instance", "class"] if "sampling" in options else ["instance", "class"]
     assert seen == expected  # the last but one and the meta batches of the first
 
@@ -509,15 +533,15 @@ def test_killed_in_stage_2(tmp_path, stage1, meta):
 
 def test_class_balanced_images_of_a_list(tmp_path, jpeg_lists, monkeypatch):
     """They are of the list, not augmented; the sampler's are training images."""
-    seen, make_loader = [], bms.make_loader
+    seen, make_sampler = [], bms.make_sampler
 
     def spy(dataset, sampling, *rest, **more):
         seen.append((len(dataset), sampling, more.get("augment", True)))
-        return make_loader(dataset, sampling, *rest, **more)
+        return make_sampler(dataset, sampling, *rest, **more)
 
-    monkeypatch.setattr(bms, "make_loader", spy)
+    monkeypatch.setattr(bms, "make_sampler", spy)
     options = dict(jpeg_lists, meta_list=str(tmp_path / "dev.txt"), num_workers=0, meta_batch_size=6)
-    bms.main(tiny(tmp_path, **{**options, "epochs": 1, "stage2_epochs": 1}))
+    bms.main(tiny(tmp_path, **{**options, "epochs": 2}))
     assert seen == [(60, "instance", True), (60, "instance", True), (6, "class", False)]
 
 
@@ -544,6 +568,19 @@ def test_list_that_does_not_fit(tmp_path, jpeg_lists, capsys):
     "options, line",
     [
         (dict(lr_steps=(3,)), "--lr-steps 3: has no effect on a cosine schedule; leave it out"),
+        (dict(stage2_epochs=1), "--stage2-epochs 1: must be at least 2 (in the last one the rate is 0)"),
+        (
+            dict(epochs=1),
+            "--epochs 1: the rate is 0 in the last epoch, so nothing would be trained; use more",
+        ),
+        (
+            dict(meta="none", sampler_level="instance"),
+            "--sampler-level instance: there is no Meta Sampler here; leave it out",
+        ),
+        (
+            dict(classifier="joint", meta_list="x.txt"),
+            "--meta-list x.txt: nothing is learned from it here; leave it out",
+        ),
         (dict(warmup=10), "--warmup 10: not before the end of --epochs 10; lower it"),
         (
             dict(stage2_sampling="class"),
@@ -568,3 +605,10 @@ def test_meta_batch_that_the_processes_cannot_share(tmp_path):
     done = launch("balanced_meta_softmax.py", processes=2, **options)
     assert done.returncode != 0
     assert done.stderr.count("--meta-batch-size 15: not a multiple of 2 processes; use 14 or 16") == 1
+
+
+@pytest.mark.parametrize("imbalance", ["0", "-1", "0.5", "nan", "inf"])
+def test_imbalance_that_makes_no_sense(capsys, imbalance):
+    """The recipe's epochs go by it; it is still refused in one line."""
+    words = ["--dataset", "cifar10_lt", "--imbalance", imbalance]
+    assert refusal(lambda: cli.parse(Args, bms.RECIPES, "", words), capsys).startswith("--imbalance ")

@@ -36,9 +36,9 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
-def state_of(folder, epoch):
+def state_of(folder, epoch, of="model"):
     file = folder / "checkpoint" / f"epoch_{epoch:04d}.pt"
-    return torch.load(file, weights_only=True)["state"]["model"]
+    return torch.load(file, weights_only=True)["state"][of]
 
 
 # Class weights and losses
@@ -252,8 +252,6 @@ def test_statistics_move_in_the_real_pass_alone():
     ours(network, batch, dev_batch, torch.ones(12, dtype=torch.float64), 0.1, losses_of("ce"))
     assert all(buffer.equal(before[name]) for name, buffer in network.named_buffers())
     assert all(p.grad is None for p in network.parameters())
-    network(batch[0])
-    assert network.backbone[1].num_batches_tracked == before["backbone.1.num_batches_tracked"] + 1
 
 
 def test_step_of_the_weight_network():
@@ -299,31 +297,30 @@ class Images:
         return Images(self.labels[positions], self.origin[positions])
 
 
-STEPS = {  # class counts' ends and steps of 100 images in the released code, which keeps an incomplete one
-    ("cifar10_lt", 200): (11177, 112, [4990, 2769, 1537, 853, 473, 262, 145, 80, 44, 24]),
-    ("cifar10_lt", 100): (12380, 124, [4990, 2991, 1793, 1075, 644, 386, 231, 138, 83, 49]),
-    ("cifar10_lt", 50): (13967, 140, [4990, 3230, 2091, 1354, 877, 567, 367, 238, 154, 99]),
-    ("cifar10_lt", 20): (16989, 170, [4990, 3577, 2564, 1838, 1317, 944, 677, 485, 348, 249]),
-    ("cifar10_lt", 10): (20391, 204, [4990, 3863, 2991, 2316, 1793, 1388, 1075, 832, 644, 499]),
-    ("cifar100_lt", 200): (9304, 94, [3, 2, 2, 2, 2]),
-    ("cifar100_lt", 100): (10626, 107, [5, 5, 5, 5, 4]),
-    ("cifar100_lt", 50): (12354, 124, None),
-    ("cifar100_lt", 20): (15594, 156, None),
-    ("cifar100_lt", 10): (19183, 192, [53, 52, 51, 50, 49]),
+CUTS = {  # training images, class counts or the last of them
+    ("cifar10_lt", 200): (11177, [4990, 2769, 1537, 853, 473, 262, 145, 80, 44, 24]),
+    ("cifar10_lt", 100): (12380, [4990, 2991, 1793, 1075, 644, 386, 231, 138, 83, 49]),
+    ("cifar10_lt", 50): (13967, [4990, 3230, 2091, 1354, 877, 567, 367, 238, 154, 99]),
+    ("cifar10_lt", 20): (16989, [4990, 3577, 2564, 1838, 1317, 944, 677, 485, 348, 249]),
+    ("cifar10_lt", 10): (20391, [4990, 3863, 2991, 2316, 1793, 1388, 1075, 832, 644, 499]),
+    ("cifar100_lt", 200): (9304, [3, 2, 2, 2, 2]),
+    ("cifar100_lt", 100): (10626, [5, 5, 5, 5, 4]),
+    ("cifar100_lt", 50): (12354, []),
+    ("cifar100_lt", 20): (15594, []),
+    ("cifar100_lt", 10): (19183, [53, 52, 51, 50, 49]),
 }
 
 
-@pytest.mark.parametrize("dataset, imbalance", STEPS)
+@pytest.mark.parametrize("dataset, imbalance", CUTS)
 def test_cifar_development_images_are_set_aside_before_the_cut(monkeypatch, dataset, imbalance):
     num_classes = 10 if dataset == "cifar10_lt" else 100
-    everything = Images(np.repeat(np.arange(num_classes), 50000 // num_classes))
-    seen = []
+    everything, seen = Images(np.repeat(np.arange(num_classes), 50000 // num_classes)), []
     monkeypatch.setattr(datasets, "load", lambda args: seen.append(args.imbalance) or (everything, None))
     args = cli.build(Args, meta_weights.RECIPES, dataset=dataset, imbalance=float(imbalance))
     train, dev, _ = meta_weights.load(args)
-    size, steps, counts = STEPS[dataset, imbalance]
-    assert seen == [1.0] and len(train) == size and -(-size // 100) == steps
-    assert counts is None or train.class_counts.tolist()[-len(counts) :] == counts
+    size, counts = CUTS[dataset, imbalance]
+    assert seen == [1.0] and len(train) == size
+    assert train.class_counts.tolist()[num_classes - len(counts) :] == counts
     assert dev.class_counts.tolist() == [10] * num_classes
     assert not set(train.origin) & set(dev.origin)
     again, _, _ = meta_weights.load(args)
@@ -348,12 +345,29 @@ def test_development_images_of_a_list(tmp_path, jpeg_lists):
 def test_batches_of_development_images():
     """Without replacement in a batch; all of them in each where they fit."""
     data = Images(np.repeat(np.arange(3), 4))
-    data.workers = 0
     for size, steps in ((12, 5), (5, 7)):
-        loader = meta_weights.make_loader(data, 3, size, Args(), steps=steps)
-        indices = [[i for i, _ in batch] for batch in loader.batch_sampler]
-        assert len(indices) == steps and all(len(set(batch)) == size for batch in indices)
-        assert len({tuple(batch) for batch in indices}) == steps
+        drawn = torch.tensor([i for i, _ in meta_weights.dev_sampler(data, size, steps, Args())]).view(
+            steps, size
+        )
+        assert all(len(batch.unique()) == size for batch in drawn)
+        assert len({tuple(batch) for batch in drawn.tolist()}) == steps
+
+
+def test_development_images_are_augmented_as_training_images(monkeypatch, jpeg_lists, tmp_path):
+    small = {**jpeg_lists, "image_size": 32, "auto_augment": True, "cutout": 8}
+    args = Args(**small, dev_list=str(tmp_path / "dev.txt"), dev_per_class=2)
+    _, dev, test = meta_weights.load(args)
+    assert (dev.auto_augment, dev.cutout) == (True, 8) and len(test) == 9
+
+
+@pytest.mark.parametrize("images, processes, size", [(50, 1, 50), (50, 3, 48), (200, 3, 99), (200, 1, 100)])
+def test_batch_that_fits(images, processes, size):
+    assert meta_weights.fitting(99 if processes == 3 else 100, [0] * images, processes) == size
+
+
+def test_batch_that_does_not_fit(capsys):
+    line = refusal(lambda: meta_weights.fitting(100, [0] * 3, 4), capsys)
+    assert line == "3 class-balanced images are too few for 4 processes; use fewer"
 
 
 def test_balanced_subset():
@@ -411,8 +425,8 @@ def test_pretraining_is_plain_training(tmp_path):
 
 def test_momentum_goes_on_in_the_second_part(tmp_path):
     """With no weights learned and equal classes the two parts are one plain training."""
-    options = dict(imbalance=1.0, batch_size=500, tau=0.0, arch="lenet", lr=0.001)
-    parts = meta_weights.main(tiny(tmp_path, "parts", **options))
+    options = dict(imbalance=1.0, batch_size=500, arch="lenet", lr=0.001)
+    parts = meta_weights.main(tiny(tmp_path, "parts", tau=0.0, **options))
     plain = meta_weights.main(tiny(tmp_path, "plain", method="plain", pretrain_epochs=0, **options))
     assert parts["weights_sha256"] == plain["weights_sha256"]
 
@@ -427,20 +441,108 @@ def test_frozen_backbone(tmp_path, method):
 
 
 def test_fine_tuning_sees_as_many_images_of_each_class(tmp_path, monkeypatch):
-    sizes, make_loader = [], meta_weights.make_loader
+    sizes, loader = [], meta_weights.DataLoader
 
-    def spy(dataset, *rest, **more):
-        sizes.append(dataset.class_counts.tolist())
-        return make_loader(dataset, *rest, **more)
+    def spy(dataset, size, **options):
+        sizes.append((dataset.class_counts.tolist(), size) if "sampler" in options else None)
+        return loader(dataset, size, **options)
 
-    monkeypatch.setattr(meta_weights, "make_loader", spy)
-    meta_weights.main(tiny(tmp_path, method="finetune", batch_size=32))
-    assert len(sizes) == 2 and max(sizes[0]) == 500 and sizes[1] == [5] * 10
+    monkeypatch.setattr(meta_weights, "DataLoader", spy)
+    meta_weights.main(tiny(tmp_path, method="finetune"))
+    test, (first, first_size), (second, second_size) = sizes
+    assert max(first) == 500 and first_size == 64 and second == [5] * 10 and second_size == 50
+
+
+def test_development_loss():
+    """That of the images, margins and all, or plain cross-entropy of the same logits."""
+    network, batch, dev_batch = example(torch.float32, cosine=30.0)
+    found = {}
+    for name in ("same", "ce"):
+        args = Args(loss="ldam", meta_loss=name)
+        weighting = meta_weights.Weighting(Accelerator(), network, COUNTS, args)
+        found[name] = weighting.gradients(batch, dev_batch, torch.ones_like, 1e-3)[0]
+        plain = lambda z, y: F.cross_entropy(z, y, reduction="none")  # noqa: E731
+        dev_loss = plain if name == "ce" else losses_of("ldam")
+        slow = double_backward.weight_gradients(
+            network, batch, dev_batch, torch.ones(12), 1e-3, losses_of("ldam"), dev_loss
+        )
+        assert ((found[name] - slow).norm() / slow.norm()).item() < 1e-5
+    assert ((found["same"] - found["ce"]).norm() / found["ce"].norm()).item() > 0.01
+
+
+def test_weight_network_in_a_step():
+    """The step ahead has weights V(l) / sum V(l), the real one B times as much by the V that has learned."""
+    network, batch, dev_batch = example(torch.float32)
+    weighting = meta_weights.Weighting(Accelerator(), network, COUNTS, Args(method="mwnet", mwnet_lr=0.5))
+    weighting.begin_epoch()
+    losses, seen, gradients = torch.linspace(0.1, 3, 12), [], torch.linspace(-1, 1, 12)
+
+    def stub(batch, dev_batch, weigh, lr):
+        seen.append((weigh(losses), lr))
+        return gradients, losses
+
+    weighting.gradients = stub
+    before = weighting.net(losses).detach()
+    weights = weighting.learn(batch, dev_batch, 0.1)
+    ((ahead, lr),) = seen
+    after = weighting.net(losses).detach()
+    close(ahead, before / before.sum(), 1e-6)
+    close(weights, 12 * after / after.sum(), 1e-5)
+    close(weights.mean(), 1, 1e-6)
+    assert lr == 0.1 and (after - before).abs().max() > 1e-3
+    assert (after / after.sum() * gradients).sum() < (before / before.sum() * gradients).sum()  # downhill
+
+
+def test_l2rw_in_a_step():
+    network, batch, dev_batch = example(torch.float32)
+    weighting = meta_weights.Weighting(Accelerator(), network, COUNTS, Args(method="l2rw"))
+    weighting.begin_epoch()
+    seen = []
+
+    def stub(batch, dev_batch, weigh, lr):
+        seen.append(weigh(torch.ones(12)))
+        return torch.tensor([-3.0, 1.0] + [-1.0] + [2.0] * 9), None
+
+    weighting.gradients = stub
+    close(weighting.learn(batch, dev_batch, 0.1), [9.0, 0.0, 3.0] + [0.0] * 9, 1e-6)
+    assert not seen[0].any()
+
+
+def test_rate_of_the_step_ahead(tmp_path, monkeypatch):
+    """It falls one epoch after that of the real step."""
+    seen, learn = [], meta_weights.Weighting.learn
+
+    def spy(self, batch, dev_batch, lr):
+        seen.append(lr)
+        return learn(self, batch, dev_batch, lr)
+
+    monkeypatch.setattr(meta_weights.Weighting, "learn", spy)
+    options = dict(arch="lenet", lr=0.001, batch_size=500, epochs=5, lr_steps=(2,), lr_factor=0.1)
+    meta_weights.main(tiny(tmp_path, **options))
+    close(seen[::2], [0.001, 0.001, 0.0001, 0.0001], 1e-9)
+    close([line["lr"] for line in lines_of(tmp_path / "run")[1:]], [0.001] + [0.0001] * 3, 1e-9)
+
+
+def test_optimiser_and_statistics(tmp_path):
+    """Nesterov; the running statistics move once a step, whatever the meta gradient does."""
+    meta_weights.main(tiny(tmp_path, batch_size=256, wd=5e-4))
+    (group,) = state_of(tmp_path / "run", 1, of="optimizer")["param_groups"]
+    assert (group["nesterov"], group["momentum"], group["weight_decay"]) == (True, 0.9, 5e-4)
+    assert state_of(tmp_path / "run", 1)["backbone.1.num_batches_tracked"] == 2 * (1236 // 256)
 
 
 @pytest.mark.parametrize("loss", ["focal", "ldam"])
-def test_losses_run(tmp_path, loss):
-    assert meta_weights.main(tiny(tmp_path, loss=loss, meta_loss="ce"))["eps_over_w"] > 0
+def test_losses_run(tmp_path, loss, monkeypatch):
+    scales, build = [], models.build
+
+    def spy(*arguments, **options):
+        network = build(*arguments, **options)
+        scales.append(getattr(network.classifier, "scale", None))
+        return network
+
+    monkeypatch.setattr(models, "build", spy)
+    assert meta_weights.main(tiny(tmp_path, loss=loss, arch="lenet", lr=0.001))["eps_over_w"] > 0
+    assert scales == [30.0 if loss == "ldam" else None]
 
 
 # What is logged
@@ -504,6 +606,16 @@ def test_weight_network_is_resumed(tmp_path):
 @pytest.mark.parametrize(
     "options, line",
     [
+        (dict(method="l2rw", tau=5.0), "--tau 5.0: is of --method meta; leave it out"),
+        (dict(method="mwnet", inner_lr=0.0), "--inner-lr 0.0: is of --method meta; leave it out"),
+        (
+            dict(method="cb", dev_list="x"),
+            "--dev-list x: is of --method meta and l2rw and mwnet; leave it out",
+        ),
+        (
+            dict(method="plain", freeze_backbone=True),
+            "--freeze-backbone True: is of --method meta and finetune; leave it out",
+        ),
         (
             dict(method="cb", pretrain_epochs=1),
             "--pretrain-epochs 1: is of --method meta and finetune; leave it out",

@@ -32,7 +32,7 @@ COMMANDS = sorted(
 EXACT = dict(arch="lenet", epochs=3, lr=0.02)  # no BatchNorm, whose statistics are each process's own
 # Options that make each script use all of its method within three epochs.
 METHOD = {
-    "balanced_meta_softmax.py": dict(lr_steps=(), stage2_epochs=1, stage2_lr=0.02, meta_batch_size=40),
+    "balanced_meta_softmax.py": dict(lr_steps=(), stage2_epochs=2, stage2_lr=0.02, meta_batch_size=40),
     "bbn.py": dict(),
     "cmo.py": dict(mix_start=-1, mix_end=0, p_mix=0.7, drw=True, drw_epoch=1, loss="bs"),
     "csa.py": dict(start_aug=1, delta=0.0),

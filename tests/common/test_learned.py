@@ -15,13 +15,13 @@ def test_picture_of_two_runs(tmp_path, capsys):
     """One has the class rates of stage 2, the other mean weights and mean eps of its second part."""
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     own = dict(TINY, arch="lenet", lr_steps=(), lr=0.001, epochs=1)
-    sampler = dict(own, stage2_epochs=2, meta_batch_size=40, output_dir=str(tmp_path / "sampler"))
+    sampler = dict(own, epochs=2, stage2_epochs=2, meta_batch_size=40, output_dir=str(tmp_path / "sampler"))
     balanced_meta_softmax.main(balanced_meta_softmax.Args(**sampler))
     weights = dict(own, epochs=2, pretrain_epochs=1, dev_per_class=5, output_dir=str(tmp_path / "weights"))
     meta_weights.main(meta_weights.Args(**weights))
     counts, found = learned.read(tmp_path / "sampler")
     epochs, values = found["class_rates"]
-    assert list(found) == ["class_rates"] and epochs.tolist() == [2, 3] and values.shape == (2, 10)
+    assert list(found) == ["class_rates"] and epochs.tolist() == [3, 4] and values.shape == (2, 10)
     assert values.sum(1) == pytest.approx([1, 1]) and counts[:2] == [500, 299]
     _, found = learned.read(tmp_path / "weights")
     assert list(found) == ["class_eps", "class_weights"] and found["class_eps"][0].tolist() == [2]
