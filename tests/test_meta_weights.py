@@ -571,9 +571,8 @@ def test_log(tmp_path, method):
 @pytest.mark.parametrize("method", ["meta", "l2rw", "mwnet"])
 def test_two_processes_learn_the_same_weights(tmp_path, method):
     """Of the images and of the network. Few steps at a low rate: this network amplifies rounding errors."""
-    options = dict(
-        TINY, method=method, arch="lenet", lr=0.001, mwnet_lr=0.1, dev_batch_size=40, batch_size=256
-    )
+    options = dict(TINY, method=method, arch="lenet", lr=0.001, dev_batch_size=40, batch_size=256)
+    options |= dict(mwnet_lr=0.1) if method == "mwnet" else {}
     options["pretrain_epochs"] = 1 if method == "meta" else 0
     run_here("meta_weights.py", **options, output_dir=tmp_path / "one")
     done = launch("meta_weights.py", processes=2, **options, output_dir=tmp_path / "two")
