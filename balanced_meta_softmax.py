@@ -5,9 +5,9 @@ Paper:    J. Ren, C. Yu, S. Sheng, X. Ma, H. Zhao, S. Yi, H. Li, "Balanced Meta-
 Method:   1. train the network on cross-entropy, freeze it, and train a new classifier      new_classifier
           2. on the Balanced Softmax, cross-entropy of z + log n     Eqs. (3), (4), balanced_softmax_loss
              (--tau 0.25: of the generalisation bound); predict with the plain z
-          3. with images of class k drawn with probability ~ n_k sigmoid(psi_k)      Sec. 3.3, MetaSampler
+          3. with images of class k drawn with probability ~ n_k sigmoid(psi_k)                MetaSampler
           4. where psi lowers the cross-entropy of class-balanced images after a virtual step of the
-             classifier                                            Alg. 1, virtual_step, factor_gradients
+             classifier                      virtual_step, factor_gradients, train_one_meta_epoch
           Class-balanced sampling with Balanced Softmax would balance twice: near the end class k weighs like
           1 / n_k^2. The Meta Sampler finds the middle. --meta reweighter learns weights of the classes'
           losses instead, --meta none nothing. --classifier joint is stage 1 alone: softmax, or with --loss bs
@@ -358,7 +358,7 @@ def train_one_epoch(run, model, loader, optimizer, prior, stage, args):
 def train_one_meta_epoch(
     run, model, loader, meta_loader, optimizer, learner, psi_optimizer, prior, epoch, args
 ):
-    """Alg. 1, an epoch of stage 2. learner: a MetaSampler, or a MetaReweighter."""
+    """An epoch of stage 2 that learns psi, too. learner: a MetaSampler, or a MetaReweighter."""
     accelerator, network = run.accelerator, run.accelerator.unwrap_model(model, keep_torch_compile=False)
     model.train()
     if not args.bn_train_in_stage2:

@@ -3,9 +3,9 @@
 Paper:    M. A. Jamal, M. Brown, M.-H. Yang, L. Wang, B. Gong, "Rethinking Class-Balanced Methods for
           Long-Tailed Visual Recognition from a Domain Adaptation Perspective", CVPR 2020, arXiv:2003.10780.
 Method:   1. train with the plain loss for --pretrain-epochs
-          2. then weigh image i by w_y + eps_i, with w by effective numbers         Eq. (7), class_weights
+          2. then weigh image i by w_y + eps_i, with w by effective numbers                  class_weights
           3. and eps = -tau * d L_dev / d eps at eps = 0, where L_dev is the loss of a balanced development
-             batch one plain SGD step ahead                       Alg. 1, weight_gradients, learn_weights
+             batch one plain SGD step ahead                     Alg. 1, weight_gradients, Weighting.learn
           The loss is cross-entropy, focal or LDAM. --method: class-balanced loss (cb), class-balanced
           fine-tuning (finetune), L2RW, Meta-Weight-Net and plain training, for comparison.
 Differs:  the gradient of eps is exact, as in the released code, without its double backward pass. As in the
@@ -310,10 +310,9 @@ class Weighting:
             gradients, losses = self.gradients(batch, dev_batch, lambda losses: of_the_net(losses) / size, lr)
             step_weight_net(accelerator, self.net, self.net_optimizer, losses, gradients)
             weights = of_the_net(losses)
-        self.sums.index_add_(
-            1, labels, torch.stack([torch.ones_like(eps), weights, eps, (eps / prior).abs()])
-        )
-        self.largest.append((eps / prior).abs().max())
+        ratio = (eps / prior).abs()
+        self.sums.index_add_(1, labels, torch.stack([torch.ones_like(eps), weights, eps, ratio]))
+        self.largest.append(ratio.max())
         return weights
 
     def facts(self):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 
+import meta_weights
 from common import datasets, evaluation
 from common.cli import Args, build
 
@@ -35,6 +36,15 @@ def test_cifar10(imbalance):
             positions = np.flatnonzero(np.asarray(original.targets) == k)[first]
             ours = train_set.crops[(train_set.labels == k).nonzero().flatten()[:5], 4, 4]
             assert ours.permute(0, 2, 3, 1).numpy().tobytes() == original.data[positions].tobytes()
+
+
+def test_cifar10_with_development_images():
+    """Set aside before the cut: other pixels, of which no training image has a copy."""
+    args = build(meta_weights.Args, meta_weights.RECIPES, dataset="cifar10_lt", data_dir=FOLDER)
+    train_set, dev_set, _ = meta_weights.load(args)
+    assert len(train_set) == 12380 and dev_set.class_counts.tolist() == [10] * 10
+    images = [{image.numpy().tobytes() for image in part.padded} for part in (train_set, dev_set)]
+    assert len(images[1]) == 100 and not images[0] & images[1]
 
 
 @pytest.mark.parametrize("dataset, first", [("mnist_lt", 5923), ("fashion_mnist_lt", 6000)])
