@@ -100,6 +100,26 @@ def result_of(done):
     return json.loads(line)
 
 
+def close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(
+        torch.as_tensor(actual, dtype=torch.float64),
+        torch.as_tensor(expected, dtype=torch.float64),
+        rtol=0,
+        atol=tolerance,
+    )
+
+
+def lines_of(folder):
+    """The log of the run in `folder`, one dict per epoch."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def state_of(folder, epoch, of="model"):
+    """What the checkpoint of the 0-based `epoch` holds of the model, the optimizer, ..."""
+    file = folder / "checkpoint" / f"epoch_{epoch:04d}.pt"
+    return torch.load(file, weights_only=True)["state"][of]
+
+
 def refusal(call, capsys):
     """What `call` says, one line on stderr, before it exits with code 2."""
     with pytest.raises(SystemExit) as stop:

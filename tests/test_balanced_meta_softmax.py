@@ -13,32 +13,14 @@ import decoupled_crt
 from balanced_meta_softmax import Args
 from common import cli, models
 from tests import double_backward
-from tests.conftest import TINY, kill_at, launch, refusal, result_of, run_here
+from tests.conftest import TINY, close, kill_at, launch, lines_of, refusal, result_of, run_here, state_of
 
 COUNTS = torch.tensor([100, 10, 1])
 SHORT = dict(TINY, lr_steps=(), stage2_epochs=2, stage2_lr=0.05, meta_batch_size=40, bn_train_in_stage2=False)
 
 
-def close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(
-        torch.as_tensor(actual, dtype=torch.float64),
-        torch.as_tensor(expected, dtype=torch.float64),
-        rtol=0,
-        atol=tolerance,
-    )
-
-
 def tiny(tmp_path, name="run", **options):
     return Args(**{**SHORT, "output_dir": str(tmp_path / name), **options})
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-
-
-def state_of(folder, epoch, of="model"):
-    file = folder / "checkpoint" / f"epoch_{epoch:04d}.pt"
-    return torch.load(file, weights_only=True)["state"][of]
 
 
 class Points(torch.utils.data.Dataset):

@@ -12,20 +12,11 @@ from torch import nn
 import bbn
 from bbn import Args
 from common import cli, datasets, models
-from tests.conftest import TINY, refusal
+from tests.conftest import TINY, close, refusal
 
 COUNTS = torch.tensor([500, 50, 5])
 CIFAR10 = torch.tensor(datasets.long_tail_counts(5000, 10, 100))
 CIFAR100 = torch.tensor(datasets.long_tail_counts(500, 100, 100))
-
-
-def close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(
-        torch.as_tensor(actual, dtype=torch.float64),
-        torch.as_tensor(expected, dtype=torch.float64),
-        rtol=0,
-        atol=tolerance,
-    )
 
 
 def tiny(tmp_path, name="run", **options):

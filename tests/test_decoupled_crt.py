@@ -14,20 +14,11 @@ from torch import nn
 import decoupled_crt
 from common import cli, datasets, evaluation, models, runs
 from decoupled_crt import Args
-from tests.conftest import TINY, kill_at, launch, refusal, result_of, run_here
+from tests.conftest import TINY, close, kill_at, launch, refusal, result_of, run_here
 
 COUNTS = torch.tensor([100, 10, 1])
 # Both stages within seconds; without the biases of an option that is not under test.
 SHORT = dict(TINY, stage2_epochs=2, stage2_lr=0.05)
-
-
-def close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(
-        torch.as_tensor(actual, dtype=torch.float64),
-        torch.as_tensor(expected, dtype=torch.float64),
-        rtol=0,
-        atol=tolerance,
-    )
 
 
 def tiny(tmp_path, name="run", **options):

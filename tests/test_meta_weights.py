@@ -1,7 +1,5 @@
 """meta_weights.py: weights, losses, gradients, data, stages, against numbers worked out beforehand."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,32 +11,14 @@ import meta_weights
 from common import cli, datasets, models
 from meta_weights import Args
 from tests import double_backward
-from tests.conftest import TINY, kill_at, launch, refusal, result_of, run_here
+from tests.conftest import TINY, close, kill_at, launch, lines_of, refusal, result_of, run_here, state_of
 
 COUNTS = torch.tensor([100, 10, 1])
 SHORT = dict(TINY, pretrain_epochs=1, dev_per_class=5)
 
 
-def close(actual, expected, tolerance=1e-4, relative=0):
-    torch.testing.assert_close(
-        torch.as_tensor(actual, dtype=torch.float64),
-        torch.as_tensor(expected, dtype=torch.float64),
-        rtol=relative,
-        atol=tolerance,
-    )
-
-
 def tiny(tmp_path, name="run", **options):
     return Args(**{**SHORT, "output_dir": str(tmp_path / name), **options})
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-
-
-def state_of(folder, epoch, of="model"):
-    file = folder / "checkpoint" / f"epoch_{epoch:04d}.pt"
-    return torch.load(file, weights_only=True)["state"][of]
 
 
 # Class weights and losses
