@@ -107,7 +107,9 @@ class Args(cli.Args):
         True, "in stage 2 BatchNorm goes by the batch and its statistics move, as in the released code"
     )
     sampler_level: str = cli.option(
-        "class", "what the Meta Sampler draws among, classes or all images", choices=("class", "instance")
+        "class",
+        "what the Meta Sampler draws among: classes, or all N images (batch size times N numbers in memory)",
+        choices=("class", "instance"),
     )
     init_power: float = cli.option(
         0.0, "p: at first class k is drawn with probability ~ n_k^(1-p)", least=0, most=4
