@@ -131,6 +131,9 @@ class Args(cli.Args):
         if self.meta != "none" and self.stage2_sampling != "instance":
             given = f"--stage2-sampling {self.stage2_sampling}"
             cli.fail(f"{given}: has no effect on --meta {self.meta}; leave it out, or add --meta none")
+        losses = [self.loss] * (not self.stage1) + [self.stage2_loss] * (self.classifier == "new")
+        if self.tau != 1 and "bs" not in losses:
+            cli.fail(f"--tau {self.tau}: is of the Balanced Softmax, which is no loss here; add --loss bs")
         learned = self.meta if self.classifier == "new" else "none"
         if self.sampler_level == "instance" and learned != "sampler":
             cli.fail("--sampler-level instance: there is no Meta Sampler here; leave it out")
@@ -143,10 +146,13 @@ class Args(cli.Args):
 
 
 def log_prior(class_counts, tau=1.0):
-    """tau * log n_k [K], float32. ValueError where a class has no image: it would have no probability."""
+    """tau * log(n_k / n_max) [K], float32; n_max cancels, and makes equal counts exactly cross-entropy.
+
+    ValueError where a class has no image, as it would have no probability at all.
+    """
     if class_counts.min() < 1:
         raise ValueError("Balanced Softmax needs at least one image of every class")
-    return (tau * class_counts.double().log()).float()
+    return (tau * (class_counts.double() / class_counts.max()).log()).float()
 
 
 def balanced_softmax_loss(logits, labels, prior):

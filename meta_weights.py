@@ -96,7 +96,9 @@ class Args(cli.Args):
     loss: str = cli.option("ce", "cross-entropy, focal loss or LDAM", choices=("ce", "focal", "ldam"))
     gamma: float = cli.option(1.0, "exponent of the focal loss", least=0)
     max_margin: float = cli.option(0.5, "LDAM's margin of the rarest class", above=0)
-    beta: float = cli.option(0.9999, "of the effective number of images", least=0, most=0.9999999)
+    beta: float = cli.option(
+        0.9999, "of the effective number of images", least=0, most=0.9999999, hint="(below 1)"
+    )
     pretrain_epochs: int = cli.option(0, "epochs of plain training that come first", least=0)
     tau: float = cli.option(
         0.01, "step of meta's eps along its gradient; 0 leaves the class weights", least=0
@@ -128,6 +130,10 @@ class Args(cli.Args):
             value = getattr(self, name)
             if self.method not in methods and value != getattr(Args, name):
                 cli.fail(f"{cli.flag(name)} {value}: is of --method {' and '.join(methods)}; leave it out")
+        for name, loss in (("gamma", "focal"), ("max_margin", "ldam")):
+            value = getattr(self, name)
+            if self.loss != loss and value != getattr(Args, name):
+                cli.fail(f"{cli.flag(name)} {value}: is of --loss {loss}; leave it out")
         if self.pretrain_epochs >= self.epochs:
             given = f"--pretrain-epochs {self.pretrain_epochs}"
             cli.fail(f"{given}: not before the end of --epochs {self.epochs}; lower it")

@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -83,6 +84,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=("plain", "product", "double"), help="print megabytes alone")
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own use of it, in jvp
     options, device = parser.parse_args(), Accelerator().device
     steps = make_steps(options, device)
     if options.memory_of:

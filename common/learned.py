@@ -56,6 +56,8 @@ def draw(folders, file):
             signed = name == "class_eps"
             scale = dict(linthresh=np.nanmedian(np.abs(values)) + 1e-12) if signed else {}
             axes.set_yscale("symlog" if signed else "log", **scale)
+            if signed:  # the labels at the ends of the linear part would lie over that of 0
+                axes.set_yticks([t for t in axes.get_yticks() if t == 0 or abs(t) > 5 * scale["linthresh"]])
             axes.set(title=f"{folder}\n{name}", xlabel="epoch")
         if len(counts) <= 20:
             axes.legend(

@@ -185,7 +185,8 @@ def load_weights(network, weights, source):
     for name in sorted({*weights, *own}):
         there, here = (tuple(d[name].shape) if name in d else "missing" for d in (weights, own))
         if there != here:
-            cli.fail(f"{source}: its network does not fit: {name} is {there} there and {here} here")
+            what = f"{name} is {there} there and {here} here"
+            cli.fail(f"{source}: its network does not fit: {what}; use one with the same layers")
     network.load_state_dict(weights)
 
 

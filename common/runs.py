@@ -34,6 +34,7 @@ from common.evaluation import ACCURACIES
 # Options that may change on resuming: they train nothing.
 NOT_COMPARED = ("output_dir", "data_dir", "resume", "overwrite", "num_workers", "visualize")
 SAME = ("dataset", "imbalance", "train_list", "test_list", "image_size", "arch")  # in both of two stages
+STAGE1_SCRIPTS = ("cmo.py", "decoupled_crt.py", "balanced_meta_softmax.py")
 CHECK_EVERY = 100  # steps between two looks at the loss
 PER_CLASS = ("class_counts", "per_class")  # of the last epoch alone
 
@@ -300,10 +301,12 @@ def adopt_stage1(args, training):
     except OSError as e:
         cli.fail(f"--stage1 {e}")
     theirs, where = {"classifier": "joint", **result["args"]}, f"--stage1 {args.stage1}"
-    if not {"backbone.0.weight", "classifier.weight"} <= weights.keys():
-        cli.fail(f"{where}: a run of {result['script']}, which has another network; use one of cmo.py")
+    if result["script"] not in STAGE1_SCRIPTS:  # others have another network, or train it on fewer images
+        cli.fail(f"{where}: a run of {result['script']}; use one of {', '.join(STAGE1_SCRIPTS)}")
     if theirs["classifier"] != "joint":
         cli.fail(f"{where}: its run is of --classifier {theirs['classifier']}, not joint")
+    if theirs.get("held_out") and not hasattr(args, "held_out"):
+        cli.fail(f"{where}: its run left out --held-out images; use one that was trained on all")
     for name in SAME:
         if theirs[name] != getattr(args, name):
             given = f"{cli.flag(name)} {getattr(args, name)}"

@@ -569,7 +569,8 @@ def test_stage_1_with_another_network(tmp_path, capsys):
     bbn.main(bbn.Args(**TINY, output_dir=str(tmp_path / "bbn")))
     capsys.readouterr()
     line = refusal(lambda: decoupled_crt.main(tiny(tmp_path, stage1=str(tmp_path / "bbn"))), capsys)
-    assert line.endswith("/bbn: a run of bbn.py, which has another network; use one of cmo.py")
+    names = "cmo.py, decoupled_crt.py, balanced_meta_softmax.py"
+    assert line.endswith(f"/bbn: a run of bbn.py; use one of {names}")
 
 
 def test_stage_1_is_not_overwritten(tmp_path, stage1, capsys, monkeypatch):
@@ -629,7 +630,8 @@ def test_weights_that_do_not_fit(capsys):
     line = refusal(
         lambda: models.load_weights(network, models.build("resnet8", 5, 0).state_dict(), "F"), capsys
     )
-    assert line == "F: its network does not fit: classifier.bias is (5,) there and (10,) here"
+    what = "classifier.bias is (5,) there and (10,) here"
+    assert line == f"F: its network does not fit: {what}; use one with the same layers"
     assert all(network.state_dict()[name].equal(before[name]) for name in before)
 
 

@@ -585,6 +585,8 @@ def test_weight_network_is_resumed(tmp_path):
 @pytest.mark.parametrize(
     "options, line",
     [
+        (dict(gamma=3.0), "--gamma 3.0: is of --loss focal; leave it out"),
+        (dict(beta=1.0), "--beta 1.0: must be at most 0.9999999 (below 1)"),
         (dict(method="l2rw", tau=5.0), "--tau 5.0: is of --method meta; leave it out"),
         (dict(method="mwnet", inner_lr=0.0), "--inner-lr 0.0: is of --method meta; leave it out"),
         (
