@@ -211,7 +211,7 @@ def test_kills_at_random_moments(script, tmp_path):
     """SIGKILL after 20 random times, resumed each time, ends with the unbroken run's weights."""
     import random
 
-    long = options(script, tmp_path / "unbroken", epochs=6, lr_steps=(4,))
+    long = options(script, tmp_path / "unbroken", epochs=6)
     begun = time.time()
     unbroken = result_of(launch(script, **long))
     duration, generator = time.time() - begun, random.Random(0)
