@@ -29,9 +29,9 @@ Expected: cifar10_lt, imbalance 200 / 100 / 10, ResNet-32: softmax 71.2 / 77.4 /
 Run:      accelerate launch balanced_meta_softmax.py --dataset cifar100_lt
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -338,8 +338,9 @@ def make_stages(args):
     stages = [] if args.stage1 else [(1, args, range(args.epochs))]
     if args.classifier == "new":
         own = {name: getattr(args, f"stage2_{name}") for name in ("epochs", "lr", "loss", "sampling")}
+        own |= dict(warmup=0)
         epochs = range(args.epochs, args.epochs + args.stage2_epochs)
-        stages.append((2, dataclasses.replace(args, **own, warmup=0), epochs))
+        stages.append((2, SimpleNamespace(**{**vars(args), **own}), epochs))
     return stages
 
 

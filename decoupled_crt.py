@@ -33,6 +33,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -340,7 +341,8 @@ def make_stages(args):
         names = ("lr", "lr_steps", "lr_factor", "warmup", "cosine", "wd")
         own = {name: getattr(args, f"stage2_{name}") for name in names}
         own |= dict(epochs=epochs, sampling="class", mixup_alpha=0.0, backbone_lr=1.0)
-        stages.append((2, dataclasses.replace(args, **own), range(args.epochs, args.epochs + epochs)))
+        settings = SimpleNamespace(**{**vars(args), **own})
+        stages.append((2, settings, range(args.epochs, args.epochs + epochs)))
     return stages
 
 

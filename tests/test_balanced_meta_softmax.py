@@ -446,6 +446,12 @@ def test_without_a_meta_step_the_sampler_keeps_its_start(tmp_path, stage1):
     assert learned["rates_variance"] > 0
 
 
+def test_options_of_stage_2_are_not_judged_as_those_of_a_run():
+    """tau is of stage 1's Balanced Softmax here, though stage 2 has none."""
+    _, (_, two, epochs) = bms.make_stages(Args(loss="bs", tau=0.25, stage2_loss="ce", stage2_lr=0.3))
+    assert (two.loss, two.lr, two.warmup, two.epochs, epochs) == ("ce", 0.3, 0, 10, range(10, 20))
+
+
 def test_tau_zero_is_cross_entropy(tmp_path, stage1):
     options = dict(stage1=str(stage1), meta="none")
     zero = bms.main(tiny(tmp_path, "zero", tau=0.0, **options))

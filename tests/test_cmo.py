@@ -11,6 +11,7 @@ from accelerate import Accelerator
 import cmo
 from cmo import Args
 from common import cli, datasets, models
+from tests import conftest
 from tests.conftest import TINY, refusal
 
 COUNTS = torch.tensor([500, 50, 5])
@@ -19,12 +20,7 @@ CIFAR10 = torch.tensor(datasets.long_tail_counts(5000, 10, 100))
 
 
 def close(actual, expected, tolerance=1e-6):
-    torch.testing.assert_close(
-        torch.as_tensor(actual, dtype=torch.float64),
-        torch.as_tensor(expected, dtype=torch.float64),
-        rtol=0,
-        atol=tolerance,
-    )
+    conftest.close(actual, expected, tolerance)
 
 
 # Sampling, Eq. (2)
