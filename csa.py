@@ -43,7 +43,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.utils import save_image
 
 from common import cli, datasets, evaluation, models, runs
 
@@ -222,14 +221,7 @@ def make_model(train_set, args):
         if not args.pretrained:
             cli.say("note: --last-block without --pretrained: what is frozen has random weights")
     if args.bank:
-        with torch.no_grad():
-            height, width = network.eval().feature_map(torch.zeros(1, *train_set.shape)).shape[2:]
-        network.train()
-        if height * width == 1:
-            images = f"images of {train_set.shape[1]} pixels"
-            cli.fail(
-                f"--arch {args.arch}: its map of {images} is one pixel, which masks nothing; use resnet32"
-            )
+        models.check_map(network, train_set.shape, args.arch)
     return TwoHeads(network, another.classifier, args.last_block)
 
 
@@ -383,10 +375,7 @@ def visualize(run, model, loader, train_set, args):
     blends = blend(balanced, contexts, masks, (args.lam_min + args.lam_max) / 2)
     mean, std = train_set.mean.to(images.device) / 255, train_set.std.to(images.device) / 255
     contexts, balanced, blends = (mean + std * part for part in (contexts, balanced, blends))
-    parts = torch.stack([contexts, masks.expand_as(contexts), masks * contexts, balanced, blends], dim=1)
-    cells = F.interpolate(parts.flatten(0, 1), scale_factor=max(1, 96 // images.shape[-1]))
-    save_image(cells, run.folder / "contexts.png", nrow=parts.shape[1])
-    cli.say(f"drew {run.folder / 'contexts.png'}")
+    run.save_grid("contexts.png", contexts, masks, masks * contexts, balanced, blends)
 
 
 def main(args: Args) -> dict:

@@ -81,3 +81,18 @@ def cutout(images, seeds, side):
     y, x = digits(seeds, height, width)
     hole = covered(y, height)[:, None, :, None] & covered(x, width)[:, None, None, :]
     return images.clone().masked_fill_(hole, 0)  # out of place it would not keep channels_last
+
+
+def warp(images, maps):
+    """(images [B, C, H, W] moved, 0 where nothing came from inside; bool [B, H, W] where something did).
+
+    maps [B, 2, 3]: from (x, y, 1) of a pixel to the (x, y) that it shows; the nearest pixel is taken.
+    """
+    batch, _, height, width = images.shape
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)]).view(3, -1).to(maps)
+    from_x, from_y = (maps @ pixels).round().long().view(batch, 2, height, width).unbind(1)
+    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
+    which = torch.arange(batch, device=images.device)[:, None, None]
+    moved = images.permute(0, 2, 3, 1)[which, from_y.clamp(0, height - 1), from_x.clamp(0, width - 1)]
+    return moved.permute(0, 3, 1, 2) * inside[:, None], inside

@@ -228,7 +228,8 @@ def parse(args_class, recipes, doc, argv=None):
     hints = typing.get_type_hints(args_class)
     for name in {name for value in defaults.values() if isinstance(value, By) for name in value.options}:
         kind = (typing.get_args(hints[name]) or [hints[name]])[0]
-        first.add_argument(flag(name), default=defaults[name], dest=name, type=CONVERT[kind])
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=CONVERT[kind])
+        first.add_argument(flag(name), default=defaults[name], dest=name, **how)
     chosen = vars(first.parse_known_args(words)[0])
     parser = make_parser(args_class, doc, resolve(defaults | chosen))
     given, unknown = parser.parse_known_args(words)

@@ -2,7 +2,7 @@
 
 Takes run folders, result.json files and .jsonl files of result lines. Runs that differ only in the seed
 become one row: the mean over seeds, and +- the standard deviation between them. A run that predicts in
-several ways has a row for each.
+several ways has a row for each. Result lines with a "row" (benchmarks.reproduce) are called by it.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def by_prediction(result):
 def options(result):
     """What makes a row: the script, the precision and every option but the seed and where things lie."""
     args = {k: v for k, v in result["args"].items() if k not in (*NOT_COMPARED, "seed")}
-    return {"script": result["script"], "precision": result["precision"], **args}
+    named = {"row": result["row"]} if "row" in result else {}
+    return {"script": result["script"], "precision": result["precision"], **named, **args}
 
 
 def spread(values):
@@ -69,6 +70,8 @@ def rows(results):
         groups.setdefault(json.dumps(options(result), sort_keys=True), []).append(result)
     keys = [json.loads(key) for key in groups]
     names = ["script"] + [k for k in keys[0] if k != "script" and len({str(key.get(k)) for key in keys}) > 1]
+    if all("row" in key for key in keys):  # as benchmarks.reproduce names them
+        names = ["row"]
     table = [[*names, *ACCURACIES, "seeds", "minutes", "GB", "commit"]]
     for key, group in zip(keys, groups.values(), strict=True):
         cells = [str(key.get(name)) for name in names]

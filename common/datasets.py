@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
@@ -195,6 +196,34 @@ class LabelledImages(Dataset):
         part.class_counts = torch.bincount(part.labels, minlength=self.num_classes)
         return part
 
+    def by_class(self):
+        """The positions of each class's images, a tuple of K tensors."""
+        return self.labels.argsort(stable=True).split(self.class_counts.tolist())
+
+    def pixels(self, images):
+        """The uint8 images [B, C, H, W] of normalised ones."""
+        return (images * self.std.to(images.device) + self.mean.to(images.device)).round().to(torch.uint8)
+
+    def extended(self, accelerator, positions, make, batch_size, folder):
+        """This data set and behind it new images, each made from the one at `positions` [M], with its label.
+
+        make(images, labels, at): new uint8 images [B, C, H, W] of normalised ones, at [B] in 0..M-1. In
+        memory each process makes all, of files a share, kept in `folder`. class_counts are of the whole.
+        """
+        batches, whole = torch.arange(len(positions)).split(batch_size), copy.copy(self)
+        if isinstance(self, ImageFiles):
+            batches = batches[accelerator.process_index :: accelerator.num_processes]
+        lists = [positions[at].tolist() for at in batches]
+        loader = zip(batches, DataLoader(self, batch_sampler=lists, **loader_options(self)), strict=True)
+        made = ((at, make(*send_to_device(batch, accelerator.device), at)) for at, batch in loader)
+        new = self.stored(made, self.labels[positions], folder)
+        accelerator.wait_for_everyone()  # and so has each of the files
+        for name in self.per_image:
+            parts = getattr(self, name), new[name]
+            setattr(whole, name, np.concatenate(parts) if name == "paths" else torch.cat(parts))
+        whole.class_counts = torch.bincount(whole.labels, minlength=self.num_classes)
+        return whole
+
 
 def hold_out(dataset, per_class, seed=0):
     """(rest, held out) of a training set: `per_class` random images of each class with twice as many or more.
@@ -221,6 +250,11 @@ class ImagesInMemory(LabelledImages):
         self.padded = F.pad(images, (padding,) * 4).to(device)
         self.padding, self.flip, self.device_labels = padding, flip, self.labels.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
+
+    def stored(self, batches, labels, folder):
+        """What `per_image` names of new images, in `batches` of (positions, uint8 images)."""
+        padded = torch.cat([F.pad(images, (self.padding,) * 4) for _, images in batches])
+        return dict(labels=labels, device_labels=labels.to(padded.device), padded=padded)
 
     @property
     def crops(self):
@@ -258,6 +292,18 @@ class ImageFiles(LabelledImages):
         jitter = [v2.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
         self.augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *jitter])
         self.centre = v2.Compose([v2.Resize(round(size / 0.875)), v2.CenterCrop(size)])
+
+    def stored(self, batches, labels, folder):
+        """The same, with the images written as JPEG files."""
+        paths = [os.fsencode(folder.absolute() / f"{i:07d}.jpg") for i in range(len(labels))]
+        try:
+            folder.mkdir(exist_ok=True)
+            for positions, images in batches:
+                for i, image in zip(positions.tolist(), images.cpu(), strict=True):
+                    v2.functional.to_pil_image(image).save(os.fsdecode(paths[i]), quality=95)
+        except OSError as e:
+            cli.fail(f"{folder}: cannot be written ({e.strerror})", here=True)
+        return dict(labels=labels, paths=np.array(paths))
 
     def __getitems__(self, items):
         images, indices = [], []

@@ -190,5 +190,14 @@ def load_weights(network, weights, source):
     network.load_state_dict(weights)
 
 
+@torch.no_grad()
+def check_map(network, shape, arch):
+    """Refuse a network whose feature map of images of `shape` (C, H, W) is one pixel: it shows no place."""
+    height, width = network.eval().feature_map(torch.zeros(1, *shape)).shape[2:]
+    network.train()
+    if height * width == 1:
+        cli.fail(f"--arch {arch}: its map of images of {shape[1]} pixels is one pixel; use resnet32")
+
+
 def count_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())

@@ -25,6 +25,7 @@ import accelerate
 import numpy as np
 import torch
 import torchvision
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import cli
@@ -224,6 +225,20 @@ class Run:
             state = {name: thing.state_dict() for name, thing in self.tracked.items()}
             content = {**self.facts(), "epoch": epoch, "history": self.history, "per_class": self.per_class}
             save_checkpoint(self.folder / "checkpoint", epoch, {**content, "state": state})
+
+    def save_grid(self, name, *columns):
+        """Draw a PNG into the run's folder: a row shows an image of each of `columns`.
+
+        [N, C, H, W] or [N, H, W], uint8, bool, or floating-point in 0..1; small images are drawn larger.
+        """
+        if self.main:
+            columns = [column[:, None] if column.ndim == 3 else column for column in columns]
+            columns = [c / 255 if c.dtype == torch.uint8 else c.float() for c in columns]
+            channels = max(column.shape[1] for column in columns)
+            cells = torch.stack([c.expand(-1, channels, -1, -1) for c in columns], dim=1).flatten(0, 1)
+            cells = torch.nn.functional.interpolate(cells, scale_factor=max(1, 96 // cells.shape[-1]))
+            save_image(cells, self.folder / name, nrow=len(columns))
+            cli.say(f"drew {self.folder / name}")
 
     # ------------------------------------------------------------------------------------------- the result
 

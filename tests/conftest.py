@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from common import cli
+from common import cli, datasets
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
@@ -118,6 +118,16 @@ def state_of(folder, epoch, of="model"):
     """What the checkpoint of the 0-based `epoch` holds of the model, the optimizer, ..."""
     file = folder / "checkpoint" / f"epoch_{epoch:04d}.pt"
     return torch.load(file, weights_only=True)["state"][of]
+
+
+def synthetic_objects(train_set):
+    """bool [N, H, W] of the synthetic training images: the object, which is what no context changes."""
+    labels, counts = train_set.labels, train_set.class_counts
+    ranks = torch.cat([torch.arange(n) for n in counts])
+    contexts = (labels + ranks % (counts // 10).clamp(1, 10)[labels]) % 10
+    drawn, moved = (datasets.draw_synthetic(labels, (contexts + k) % 10, seed=0) for k in (0, 5))
+    assert drawn.equal(train_set.crops[torch.arange(len(labels)), 2, 2])
+    return (drawn == moved).all(1)
 
 
 def refusal(call, capsys):

@@ -32,6 +32,9 @@ COMMANDS = sorted(
 EXACT = dict(arch="lenet", epochs=3, lr=0.02)  # no BatchNorm, whose statistics are each process's own
 # Options that make each script use all of its method within three epochs.
 METHOD = {
+    "bag_of_tricks.py": dict(
+        epochs=1, lr_steps=(), stage2_epochs=1, stage2_lr_steps=(), stage3_epochs=1, generate="image-trans"
+    ),
     "balanced_meta_softmax.py": dict(lr_steps=(), stage2_epochs=2, stage2_lr=0.02, meta_batch_size=40),
     "bbn.py": dict(),
     "cmo.py": dict(mix_start=-1, mix_end=0, p_mix=0.7, drw=True, drw_epoch=1, loss="bs"),
@@ -41,6 +44,7 @@ METHOD = {
 }
 # Options that take away what each process does on its own share of a batch, or what amplifies rounding.
 ALIKE = {
+    "bag_of_tricks.py": dict(mixup="none"),  # partners come from a process's own share
     "balanced_meta_softmax.py": dict(lr=0.005),  # its cosine keeps the rate up for long
     "csa.py": dict(lam_max=0.0),  # blends contexts of its own bank
 }

@@ -1,0 +1,93 @@
+"""Every row of a table: `python -m benchmarks.reproduce --table tricks [-- --dataset cifar10_lt]`.
+
+A table is a file of lines `NAME: SCRIPT.py OPTIONS`, in benchmarks/tables or anywhere. Each row runs with
+each seed; what is finished is skipped, what is broken goes on. Options after `--` are added to every row. At
+the end is the table of `python -m common.compare`; its result lines are in OUTPUT/table.jsonl.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common import cli, compare
+
+ROOT = Path(__file__).parent.parent
+
+
+def read_table(table):
+    """[(name, words of the command)] of the table file, a path or a name in benchmarks/tables."""
+    file = Path(table) if Path(table).is_file() else ROOT / "benchmarks" / "tables" / f"{table}.txt"
+    if not file.is_file():
+        there = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt")))
+        cli.fail(f"--table {table}: no such file, nor a table of the project ({there})")
+    lines = [line for line in file.read_text().splitlines() if line.strip() and line[0] != "#"]
+    rows = [(name, shlex.split(command)) for name, command in (line.split(": ", 1) for line in lines)]
+    return rows
+
+
+def jobs_of(rows, seeds, folder, more):
+    """[(name, command, folder of the run)], seeds in the outer order, so that whole tables come first."""
+    jobs = []
+    for seed in seeds:
+        for name, words in rows:
+            of = folder / f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{seed}"
+            where = ["--seed", str(seed), "--output-dir", str(of), "--resume", "auto"]
+            jobs.append((name, [*words, *more, *where], of))
+    return jobs
+
+
+def run(job, threads):
+    """The result of a job, {"row": name, ...}; None where it failed, with its last line said."""
+    name, words, folder = job
+    file = folder / "result.json"
+    if not (file.exists() and json.loads(file.read_text())["command"] == shlex.join(words)):
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        if done.returncode:
+            cli.say(f"failed: {shlex.join(words)}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+            return None
+    result = json.loads(file.read_text())
+    cli.say(f"{name}, seed {result['seed']}: all {result['all']:.1f} ({result['seconds'] / 60:.1f} min)")
+    return {"row": name, **result}
+
+
+def main(argv=None):
+    words, more = list(sys.argv[1:] if argv is None else argv), []
+    if "--" in words:
+        words, more = words[: words.index("--")], words[words.index("--") + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--table", required=True, help="file of the table, or its name in benchmarks/tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output-dir", help="folder of the runs (default: runs/tables/TABLE)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    args = parser.parse_args(words)
+    folder = Path(args.output_dir or Path("runs", "tables", Path(args.table).stem))
+    jobs = jobs_of(read_table(args.table), args.seeds, folder, more)
+    if args.dry_run:
+        print("\n".join(f"{name}: {shlex.join(words)}" for name, words, _ in jobs))
+        return
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = [result for result in pool.map(lambda job: run(job, threads), jobs) if result]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    if results:
+        compare.main([str(folder / "table.jsonl")])
+    if len(results) < len(jobs):
+        cli.fail(f"{len(jobs) - len(results)} of {len(jobs)} runs failed; the same command runs them again")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""benchmarks.reproduce: tables are of commands that exist; they run, skip what is done and are printed."""
+
+import importlib
+import json
+
+import pytest
+
+from benchmarks import reproduce
+from common import cli
+from tests.conftest import ROOT, refusal
+
+TABLES = sorted(path.stem for path in (ROOT / "benchmarks" / "tables").glob("*.txt"))
+TINY = "--epochs 1 --batch-size 512 --lr-steps --lr 0.01 --arch lenet".split()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_are_understood(table):
+    rows = reproduce.read_table(table)
+    assert len({name for name, _ in rows}) == len(rows)
+    for _, (script, *words) in rows:
+        module = importlib.import_module(script[:-3])
+        assert isinstance(cli.parse(module.Args, module.RECIPES, module.__doc__, words), cli.Args)
+
+
+def test_a_dry_run_lists_every_command(capsys):
+    reproduce.main(["--table", "tricks", "--dry-run", "--seeds", "0", "1", "--", "--imbalance", "50"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * len(reproduce.read_table("tricks"))
+    assert lines[0] == (
+        "CE: bag_of_tricks.py --mixup none --sampling instance --imbalance 50 --seed 0 "
+        "--output-dir runs/tables/tricks/ce_0 --resume auto"
+    )
+
+
+def test_a_table_runs_and_is_not_run_twice(tmp_path, capsys, monkeypatch):
+    table, out = tmp_path / "two.txt", tmp_path / "out"
+    table.write_text("# two rows\nplain: cmo.py --paste none\n\nmixed: cmo.py --mix-start -1 --mix-end 0\n")
+    words = ["--table", str(table), "--seeds", "0", "1", "--output-dir", str(out), "--jobs", "2", "--", *TINY]
+    reproduce.main(words)
+    printed = capsys.readouterr()
+    rows = [line.split("|")[1].strip() for line in printed.out.splitlines()[2:]]
+    assert rows == ["plain", "mixed"] and " 2     |" in printed.out  # two seeds
+    results = [json.loads(line) for line in (out / "table.jsonl").open()]
+    assert sorted((r["row"], r["seed"]) for r in results) == sorted((n, s) for n in rows for s in (0, 1))
+    monkeypatch.setattr(reproduce.subprocess, "run", None)  # nothing is run any more
+    reproduce.main(words)
+    assert capsys.readouterr().out == printed.out
+
+
+def test_a_row_that_fails_is_named(tmp_path, capsys):
+    table = tmp_path / "bad.txt"
+    table.write_text("good: cmo.py --paste none\nbad: cmo.py --loss none\n")
+    with pytest.raises(SystemExit):
+        reproduce.main(["--table", str(table), "--seeds", "0", "--output-dir", str(tmp_path), "--", *TINY])
+    said = capsys.readouterr()
+    assert "--loss none: must be one of ce, ldam, bs" in said.err and "| good " in said.out
+    assert said.err.splitlines()[-1] == "1 of 2 runs failed; the same command runs them again"
+
+
+def test_a_table_that_is_not_there(capsys):
+    line = refusal(lambda: reproduce.main(["--table", "nothing"]), capsys)
+    assert line.startswith("--table nothing: no such file, nor a table of the project (")
