@@ -56,9 +56,13 @@ def start(accelerator, args, epochs=None):
             cli.fail(f"{cli.flag(name)} {size}: not a multiple of {processes} processes; use {near}")
     torch.backends.cudnn.deterministic = True  # a resumed run repeats the unbroken one on a GPU, too
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own use of it, in jvp
-    late = " ".join(str(step) for step in args.lr_steps if step >= args.epochs)
-    if late:
-        cli.say(f"note: --lr-steps {late}: not before the end of --epochs {args.epochs}, so without effect")
+    for name in [field.name for field in dataclasses.fields(args) if field.name.endswith("lr_steps")]:
+        length = name.replace("lr_steps", "epochs")
+        end = getattr(args, length)
+        late = " ".join(str(step) for step in getattr(args, name) if step >= end)
+        if late:
+            end = f"{cli.flag(length)} {end}"
+            cli.say(f"note: {cli.flag(name)} {late}: not before the end of {end}, so without effect")
     return Run(accelerator, args, args.epochs if epochs is None else epochs)
 
 
@@ -156,7 +160,9 @@ class Run:
         elif self.main and not self.is_made:
             try:
                 (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-                for file in (*self.files, *(self.folder / "checkpoint").glob("epoch_*")):
+                patterns = ("checkpoint/epoch_*", "new_images.png", "new_images/*")
+                old = [file for pattern in patterns for file in self.folder.glob(pattern)]
+                for file in (*self.files, *old):
                     file.unlink(missing_ok=True)
                 write_file(self.files[0], json.dumps(self.facts()["args"], indent=1))
             except OSError as e:

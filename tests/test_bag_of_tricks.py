@@ -138,6 +138,10 @@ def test_softmax_equalisation():
     torch.manual_seed(0)
     many = bag.equalized(EXACT.expand(20000, 3), torch.zeros(20000, dtype=torch.int64), COUNTS, 0.9, 0.05)
     close(many[:, 2].isinf().double().mean(), 0.9, 0.01)
+    torch.manual_seed(3)
+    expected = cross_entropy(bag.equalized(Z, Y, COUNTS), Y)
+    torch.manual_seed(3)
+    assert torch.equal(losses("seql"), expected)
     # by default a class is tail under half of the mean share: CIFAR-10's 0.05
     counts = torch.tensor(datasets.long_tail_counts(5000, 10, 100))
     tail = bag.equalized(torch.zeros(1, 10), one, counts, 1.0).isinf()[0]
@@ -155,6 +159,25 @@ def test_weighted_means():
     close(batch_loss("ce", reweight="cost"), 3.317535)  # the plain mean of weighted losses is 1.675355
     close(batch_loss("focal", reweight="effective", beta=0.9999, gamma=1.0), 4.301684)
     close(batch_loss("focal", reweight="effective", beta=0.9, gamma=1.0), 2.769685)
+
+
+def test_weighted_mean_over_processes():
+    """Two halves of a batch, their gradients averaged, are the whole: weights are summed over both."""
+    z, y = torch.cat([Z, Z.flip(0)]), torch.tensor([0, 2, 1, 0])
+    whole = batch_loss("ce", z, y, reweight="cost")
+    weights = torch.tensor([0.01, 0.1, 1.0])[y]
+    mean = SimpleNamespace(reduce=lambda value, reduction: weights.sum() / 2)
+    args = options(reweight="cost", deferred=False)
+    halves = [
+        bag.batch_loss(mean, z[part], y[part], 1.0, COUNTS, 0, args) for part in (slice(2), slice(2, 4))
+    ]
+    close(sum(halves) / 2, whole, 1e-6)
+
+
+def test_focal_gradients_stay_finite():
+    logits = torch.tensor([[120.0, -3, 0]], requires_grad=True)
+    bag.image_losses(logits, torch.tensor([0]), COUNTS, True, options("focal", gamma=0.5)).sum().backward()
+    assert logits.grad.isfinite().all()
 
 
 def test_loss_of_a_mixed_image():
@@ -177,7 +200,7 @@ def test_what_is_deferred():
     """Epoch e = 160, counted from 1, is stage 1's last, 161 stage 2's first; LDAM's weights hold at 160."""
     for loss, first in (("ce", 161), ("bs", 161), ("focal", 161), ("ldam", 160)):
         args = options(loss, epochs=160)
-        assert [bag.rebalances(e - 1, args) for e in (first - 1, first)] == [False, True]
+        assert [bag.rebalances(e - 1, args) for e in (first - 1, first, 400)] == [False, True, True]
     assert bag.rebalances(0, options(epochs=160, deferred=False))
     deferred = dict(epochs=160, deferred=True)
     for given in (dict(reweight="cost"), dict(reweight="effective"), dict(loss="bs"), dict(loss="cdt")):
@@ -220,6 +243,97 @@ def test_manifold_mixup_blends_the_pooled_features():
     close(model(images), network(images), 1e-6)
 
 
+class Stub:
+    """What train_one_epoch asks of a run; keeps the losses."""
+
+    def __init__(self):
+        self.accelerator, self.losses = Accelerator(), []
+
+    def steps(self, loader):
+        return loader
+
+    def record(self, loss):
+        self.losses.append(loss.item())
+
+
+class Linear(torch.nn.Module):
+    """A model that keeps what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = torch.nn.Parameter(torch.randn(5, 3, generator=torch.manual_seed(2))), []
+
+    def forward(self, images, *mix):
+        self.calls.append((images, *mix))
+        return images @ self.weight
+
+
+def one_step(monkeypatch, mixup, lam=0.3, **more):
+    """(calls of the model, loss, images, labels, order) of one step on four images."""
+    images, labels = torch.randn(4, 5, generator=torch.manual_seed(1)), torch.tensor([0, 0, 1, 2])
+    order, asked = torch.tensor([2, 3, 0, 1]), []
+    draws = SimpleNamespace(beta=lambda a, b: asked.append((a, b)) or lam)
+    monkeypatch.setattr(bag.np.random, "RandomState", lambda seed: draws)
+    monkeypatch.setattr(bag.torch, "randperm", lambda size: order)
+    run, model, train_set = Stub(), Linear(), SimpleNamespace(class_counts=COUNTS)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    args = Args(mixup=mixup, finetune=False, **more)
+    bag.train_one_epoch(run, model, [(images, labels)], optimizer, train_set, mixup, 0, args)
+    assert asked == ([] if mixup == "none" else [(args.alpha, args.alpha)])
+    weight = Linear().weight.detach()
+    assert not torch.equal(model.weight, weight)  # it learned
+    return model.calls, run.losses[0], images, labels, order, weight
+
+
+def cross_entropy(logits, labels):
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def test_a_step_with_input_mixup(monkeypatch):
+    calls, loss, x, y, order, weight = one_step(monkeypatch, "input", alpha=0.7)
+    mixed = 0.3 * x + 0.7 * x[order]
+    close(calls[0][0], mixed, 1e-6)
+    z = mixed @ weight
+    close(loss, (0.3 * cross_entropy(z, y) + 0.7 * cross_entropy(z, y[order])).mean(), 1e-5)
+
+
+def test_a_step_with_remix(monkeypatch):
+    """Of classes 0 0 1 2 with 500, 50, 5 images and partners 1 2 0 0, at lambda 0.3: shares 0 0 .3 .3."""
+    calls, loss, x, y, order, weight = one_step(monkeypatch, "remix")
+    mixed, share = 0.3 * x + 0.7 * x[order], torch.tensor([0, 0, 0.3, 0.3])
+    close(calls[0][0], mixed, 1e-6)
+    z = mixed @ weight
+    close(loss, (share * cross_entropy(z, y) + (1 - share) * cross_entropy(z, y[order])).mean(), 1e-5)
+
+
+def test_a_step_with_manifold_mixup(monkeypatch):
+    calls, loss, x, y, order, weight = one_step(monkeypatch, "manifold")
+    assert torch.equal(calls[0][0], x) and calls[0][1] == 0.3 and torch.equal(calls[0][2], order)
+    z = x @ weight  # of this model, which does not mix
+    close(loss, (0.3 * cross_entropy(z, y) + 0.7 * cross_entropy(z, y[order])).mean(), 1e-5)
+
+
+def test_a_step_without_mixup(monkeypatch):
+    calls, loss, x, y, _, weight = one_step(monkeypatch, "none", generate="none")
+    assert torch.equal(calls[0][0], x) and len(calls[0]) == 1
+    close(loss, cross_entropy(x @ weight, y).mean(), 1e-5)
+
+
+def test_lambdas_differ_between_steps_and_epochs(monkeypatch):
+    seen, share = [], bag.batch_loss
+    monkeypatch.setattr(
+        bag, "batch_loss", lambda a, z, y, s, *rest: seen.append(s) or share(a, z, y, s, *rest)
+    )
+    images, labels = torch.randn(4, 5), torch.tensor([0, 0, 1, 2])
+    model, train_set = Linear(), SimpleNamespace(class_counts=COUNTS)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for epoch in (0, 1, 0):
+        args = (train_set, "input", epoch, Args())
+        bag.train_one_epoch(Stub(), model, [(images, labels)] * 2, optimizer, *args)
+    lam = seen[::2]
+    assert len(set(lam)) == 4 and lam[:2] == lam[4:] and all(0 < value < 1 for value in lam)
+
+
 # Sampling
 
 
@@ -235,7 +349,7 @@ def test_class_probabilities():
     close(progressive(100, whole), [0.617117, 0.211712, 0.171171])
     close(progressive(161, whole), [0.444009, 0.285901, 0.270090])
     close(progressive(200, whole), [1 / 3] * 3)
-    anew = options(sampling="progressive", epochs=160, stage2_epochs=40, generate="cam")
+    anew = options(sampling="progressive", epochs=160, stage2_epochs=40, generate="image-trans")
     close(progressive(161, anew), [0.886712, 0.096171, 0.017117])
     close(progressive(210, anew), [1 / 3] * 3)  # stage 3
 
@@ -357,6 +471,11 @@ def test_box_and_the_ranges_of_the_operations():
     mask[0, 2:6, 1:4] = True
     assert [edge.item() for edge in bag.boxes(mask)] == [1, 3, 2, 5]
     maps = bag.inverse_maps(mask.expand(6000, 8, 8), torch.rand(6000, 5, generator=torch.manual_seed(0)))
+    upright = torch.zeros(6000, 11, 8, dtype=torch.bool)
+    upright[:, 2:6, 1:4] = True
+    tall = bag.inverse_maps(upright, torch.rand(6000, 5, generator=torch.manual_seed(0)))
+    down = -tall[(tall[:, :, :2] == torch.eye(2)).all((1, 2))][:, 1, 2]
+    assert sorted(set(down.tolist())) == [-2, -1, 0, 1, 2, 3, 4, 5]
     determinants = maps[:, 0, 0] * maps[:, 1, 1] - maps[:, 0, 1] * maps[:, 1, 0]
     flips = maps[determinants < 0]
     assert (flips == torch.tensor([[-1.0, 0, 7], [0, 1, 0]])).all()
@@ -429,12 +548,12 @@ def test_a_moved_square():
     assert torch.equal(new, expected)
 
 
-def transformed(draws, generate="cam", loss="ce", seed=0):
-    args = options(loss, generate=generate, sampling="class")
+def transformed(draws, generate="cam", loss="ce", **more):
+    args = options(loss, generate=generate, sampling="class", **more)
     train_set = pool_of([4, 4, 4])
     train_set.padded = torch.randint(0, 256, (12, 3, 16, 16), generator=torch.manual_seed(1)).to(torch.uint8)
     train_set.shape = (3, 16, 16)
-    network = models.build("resnet8", 3, seed, cosine=bag.SCALE if loss == "ldam" else None).eval()
+    network = models.build("resnet8", 3, 0, cosine=bag.SCALE if loss == "ldam" else None).eval()
     images, labels = train_set.__getitems__(list(range(len(draws))))
     return network, images, labels, bag.transform(network, images, labels, draws, train_set, args), train_set
 
@@ -454,6 +573,17 @@ def test_maps_are_of_the_true_class(loss):
         close(cam[i].detach(), expected.detach(), 1e-5)
         assert torch.equal(mask[i], bag.foregrounds(cam[i : i + 1])[0])
     assert (new != pixels).any()
+
+
+def test_threshold_and_rotation_are_the_options(monkeypatch):
+    seen, make = [], bag.inverse_maps
+    monkeypatch.setattr(bag, "inverse_maps", lambda *given: seen.append(given) or make(*given))
+    draws = torch.rand(4, 5, generator=torch.manual_seed(0))
+    *_, (_, cam, mask, _), _ = transformed(draws, cam_threshold=0.5, rotation=7)
+    assert torch.equal(mask, bag.foregrounds(cam, 0.5)) and not torch.equal(mask, bag.foregrounds(cam))
+    assert seen[0][2:] == (7, False)
+    transformed(draws, "image-trans", rotation=8)
+    assert seen[1][2:] == (8, True)
 
 
 def test_pixels_outside_both_masks_stay():
@@ -540,6 +670,15 @@ def test_the_stages_of_the_recipe():
     assert stages("cifar10_lt", mixup="none") == plain
     start = stages("cifar10_lt", mixup="none", deferred=False)
     assert [stage[2] for stage in start] == ["class", "class"]
+    args = recipe("cifar10_lt")
+    assert (args.arch, args.batch_size, args.wd, args.lr, args.warmup) == ("resnet32", 128, 2e-4, 0.1, 5)
+    args = recipe("imagenet_lt")
+    assert (args.arch, args.batch_size, args.wd, args.lr, args.warmup) == ("resnet10", 512, 1e-4, 0.2, 0)
+    assert (args.color_jitter, recipe("inat2018").color_jitter, recipe("inat2018").arch) == (
+        0.4,
+        0,
+        "resnet50",
+    )
     assert recipe("cifar10_lt", mixup="none").generate == "cam"
     assert recipe("cifar10_lt", sampling="instance").generate == "none"
     assert recipe("cifar10_lt", deferred=False).generate == "none"
@@ -621,20 +760,44 @@ def test_nothing_to_defer_is_plain_training(tmp_path):
     assert start["weights_sha256"] == plain["weights_sha256"]
 
 
-@pytest.mark.parametrize(
-    "given, begun_with", [({}, [False, False, False]), (dict(generate="none"), [False, True, False])]
-)
-def test_where_momentum_starts_anew(given, begun_with, tmp_path, monkeypatch):
-    """One run of stages 1 and 2 in the released code, two where images were generated in between."""
+def stages_of(tmp_path, monkeypatch, **given):
+    """What train_one_epoch is given in the one epoch of each stage, as a list of dicts."""
     train, seen = bag.train_one_epoch, []
 
-    def spy(run, model, loader, optimizer, *rest):
-        seen.append(len(optimizer.state) > 0)
-        train(run, model, loader, optimizer, *rest)
+    def spy(run, model, loader, optimizer, train_set, mixup, epoch, args):
+        group = optimizer.param_groups[0]
+        facts = {name: group[name] for name in ("lr", "weight_decay", "nesterov", "momentum")}
+        facts |= dict(momentum_goes_on=len(optimizer.state) > 0, mixup=mixup, steps=len(loader))
+        facts |= dict(images=len(loader.dataset), counts=train_set.class_counts.tolist())
+        seen.append(facts)
+        train(run, model, loader, optimizer, train_set, mixup, epoch, args)
 
     monkeypatch.setattr(bag, "train_one_epoch", spy)
     tiny(tmp_path, "run", **given)
-    assert seen == begun_with
+    return seen
+
+
+@pytest.mark.parametrize("generate", ["cam", "none"])
+def test_what_each_stage_trains_on(generate, tmp_path, monkeypatch):
+    """Momentum goes on in one run of the released code, and begins anew where it has several."""
+    given = dict(generate=generate, stage2_lr_steps=(0,), stage3_lr_steps=(), wd=3e-4)
+    seen = stages_of(tmp_path, monkeypatch, **given)
+    assert [facts["momentum_goes_on"] for facts in seen] == [False, generate == "none", False]
+    assert [facts["images"] for facts in seen] == [1236, 5050 if generate == "cam" else 1236, 1236]
+    assert [facts["mixup"] for facts in seen] == ["input", "input", "none"]
+    close([facts["lr"] for facts in seen], [0.05, 0.005, 0.01], 1e-12)
+    for facts in seen:
+        assert facts["steps"] == 1236 // 64 and sum(facts["counts"]) == 1236
+        assert (facts["weight_decay"], facts["nesterov"], facts["momentum"]) == (3e-4, True, 0.9)
+
+
+def test_the_law_of_stage_2_goes_by_the_training_images(tmp_path, monkeypatch):
+    make, seen = bag.make_sampler, []
+    monkeypatch.setattr(bag, "make_sampler", lambda *given: seen.append(given) or make(*given))
+    tiny(tmp_path, "run", sampling="square-root")
+    for (pool, counts, *_), images in zip(seen, (1236, 5050, 1236), strict=True):
+        assert len(pool) == images and counts.sum() == 1236
+    assert [sampling for _, _, sampling, _ in seen] == ["instance", "square-root", "square-root"]
 
 
 def test_new_images_are_made_with_the_network_of_stage_1(tmp_path):
@@ -721,6 +884,7 @@ def test_foregrounds_are_on_the_object_of_synthetic_images(tmp_path):
         (dict(beta=0.5), "--beta 0.5: has no effect with --loss ce, --reweight none"),
         (dict(mixup="none", alpha=0.5), "--alpha 0.5: has no effect with --loss ce"),
         (dict(generate="none", cam_threshold=0.75), "--cam-threshold 0.75: has no effect with --loss ce"),
+        (dict(loss="cdt", reweight="cost"), "--reweight cost: shares --power with --loss cdt"),
         (dict(loss="dive"), "--loss dive: must be one of ce, "),
     ],
 )
@@ -746,12 +910,38 @@ def test_refused_before_training(given, start, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_overwriting_takes_the_new_images_away(tmp_path, jpegs):
+    data = {**jpegs, "imbalance": 4.0, "epochs": 1, "stage2_epochs": 1, "finetune": False, "batch_size": 8}
+    run_here(SCRIPT, **data, output_dir=tmp_path / "run")
+    assert list((tmp_path / "run" / "new_images").iterdir())
+    run_here(SCRIPT, **data, output_dir=tmp_path / "run", sampling="instance", overwrite=True)
+    assert not list((tmp_path / "run" / "new_images").iterdir())
+    assert not (tmp_path / "run" / "new_images.png").exists()
+
+
+def test_steps_after_a_stage_have_no_effect(tmp_path, capsys):
+    args = recipe("cifar10_lt", mixup="none", epochs=150, stage2_epochs=50)
+    close([rate(e, args) for e in (150, 159, 160, 169, 170)], [0.1, 0.1, 0.1, 0.1, 1e-3], 1e-12)
+    tiny(tmp_path, "run", stage2_lr_steps=(0, 3), stage3_lr_steps=(5,))
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: --stage2-lr-steps 3: not before the end of --stage2-epochs 1, so without effect",
+        "note: --stage3-lr-steps 5: not before the end of --stage3-epochs 1, so without effect",
+    ]
+
+
+def test_ldam_has_a_cosine_classifier():
+    train_set = pool_of([4, 4, 4])
+    network = bag.make_network(train_set, options("ldam", sampling="class", batch_size=8))
+    assert isinstance(network.classifier, models.CosineClassifier) and network.classifier.scale == bag.SCALE
+
+
 @pytest.mark.parametrize("loss", bag.UNDEFERRED)
 def test_losses_without_a_deferred_form_say_so(loss, capsys):
     recipe("synthetic", loss=loss)
     assert (
         capsys.readouterr().err
-        == f"note: --loss {loss}: has no deferred form; it is the same in all stages\n"
+        == f"note: --loss {loss}: has no deferred form; the loss is the same in all stages\n"
     )
     recipe("synthetic", loss=loss, deferred=False)
     assert capsys.readouterr().err == ""

@@ -44,7 +44,7 @@ METHOD = {
 }
 # Options that take away what each process does on its own share of a batch, or what amplifies rounding.
 ALIKE = {
-    "bag_of_tricks.py": dict(mixup="none"),  # partners come from a process's own share
+    "bag_of_tricks.py": dict(mixup="none", reweight="cost"),  # partners come from a process's own share
     "balanced_meta_softmax.py": dict(lr=0.005),  # its cosine keeps the rate up for long
     "csa.py": dict(lam_max=0.0),  # blends contexts of its own bank
 }
