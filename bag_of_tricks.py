@@ -5,21 +5,20 @@ Paper:    Y. Zhang, X.-S. Wei, B. Zhou, J. Wu, "Bag of Tricks for Long-Tailed Vi
 Method:   1. train with input mixup on the images as they come                     batch_loss, train_one_epoch
           2. with mixup, draw classes evenly, from the images and from new ones: the foreground of an image,
              where its class activation map is above the mean, is flipped, moved or turned and scaled, the
-             background stays              quotas, activation_maps, foregrounds, inverse_maps, paste
+             background stays     quotas, activation_maps, foregrounds, inverse_maps, paste, with_new_images
           3. without mixup, draw classes evenly, from the images alone                         make_stages
           Each trick is an option: --reweight and --loss, --sampling, --deferred (DRW, DRS), --mixup,
           --generate (CAM-based and ImageTrans sampling), --finetune.
-Differs:  as in the code, not the paper: rotation and scale come together, cost-sensitive weights are
-          n_min / n_k, focal loss is so in stage 1 already, stage 3 draws from the images alone, ImageNet-LT
-          has 220 epochs and colour jitter. As in the paper, not the code: the map is of the image itself,
-          not of an augmented view; its threshold is the mean, not 0.75 of it (--cam-threshold); the box of
-          a foreground is its bounding box; Remix goes by each pair.
-          Unlike both: the maps are of the last epoch of stage 1 (code: of the best on the test set), new
-          images are as large as the network sees them, what moves in from outside is left out (code: what
-          is black), over- and under-sampling are the usual ones. Left out of the toolbox: influence-balanced
-          loss, DiVE, concatenated batches; BBN, tau, cRT and LWS are other scripts. At imbalance 50 the
-          toolbox has --beta 0.99 for class-balanced focal loss on CIFAR-100, --gamma 2 on CIFAR-10.
-          iNaturalist has ImageNet-LT's recipe, with the authors' cap of 50.
+Differs:  as in the authors' toolbox (BagofTricks-LT), not the paper: rotation and scale come together,
+          cost-sensitive weights are n_min / n_k, DRW with focal loss has it in stage 1, too, stage 3 draws
+          from the images alone, ImageNet-LT has 220 epochs and colour jitter. As in the paper, not the
+          toolbox: the map is of the image as it is, its threshold is the mean, not 0.75 of it
+          (--cam-threshold), each image has its own share in Remix. Unlike both: the maps are of stage 1's
+          last epoch (toolbox: of its best on the test set), new images are as large as the network sees
+          them, a pixel stays where one from outside would come in. Random over- and under-sampling are not
+          in the toolbox; its influence-balanced loss, DiVE and concatenated batches are not here. At
+          imbalance 50 it has --gamma 2 on CIFAR-10 and --beta 0.99 on CIFAR-100 for class-balanced focal
+          loss. iNaturalist has ImageNet-LT's recipe, with its own cap.
           An incomplete last batch is dropped; the result is the last epoch.
 Expected: errors on cifar10_lt and cifar100_lt, imbalance 100, ResNet-32: 19.97 and 52.17 (paper). Of the
           toolbox: CE 28.05 and 62.27, mixup 25.94 and 59.18, CAM-based sampling 23.10 and 58.05.
@@ -46,32 +45,36 @@ def by_mixup(without, with_it):
     return cli.By(lambda mixup: without if mixup == "none" else with_it)
 
 
-# Settings of the released code (CIFAR, ImageNet-LT), of ImageNet-LT for iNaturalist, and our own (the rest),
-# one row per data set; an option given on the command line wins. Mixup takes twice as long.
+# Settings of the toolbox (CIFAR, ImageNet-LT), of ImageNet-LT for iNaturalist, and our own (the rest), one
+# row per data set; an option given on the command line wins. Mixup takes twice as long.
 # fmt: off
 TRICKS = dict(finetune=by_mixup(False, True), generate=cli.By(
                   lambda sampling, deferred: "cam" if deferred and sampling != "instance" else "none"),
               power=cli.By(lambda loss: 0.2 if loss == "cdt" else 1.0),
               gamma=cli.By(lambda loss, reweight: 1.0 if (loss, reweight) == ("focal", "effective") else 2.0))
 CIFAR = dict(TRICKS, arch="resnet32", wd=2e-4, warmup=5, lr_factor=0.01,
-             epochs=by_mixup(160, 320), lr_steps=by_mixup((159,), (319,)),
-             stage2_epochs=by_mixup(40, 80), stage2_lr_steps=by_mixup((19,), (39,)))
+             epochs=by_mixup(160, 320), stage2_epochs=by_mixup(40, 80),
+             lr_steps=cli.By(lambda epochs: (epochs - 1,)),
+             stage2_lr_steps=cli.By(lambda stage2_epochs: ((stage2_epochs - 1) // 2,)))
 LARGE = dict(TRICKS, arch="resnet10", imbalance=None, batch_size=512, lr=0.2, wd=1e-4, stage3_lr=0.002,
-             epochs=by_mixup(80, 160), lr_steps=by_mixup((59, 79), (119, 159)),
+             epochs=by_mixup(80, 160), lr_steps=cli.By(lambda epochs: (3 * (epochs - 1) // 4, epochs - 1)),
              stage2_epochs=by_mixup(20, 40), stage2_lr_steps=by_mixup((), (39,)))
 FILES = dict(LARGE, arch="resnet50", batch_size=128, lr=0.05, stage3_lr=5e-4)
 RECIPES = {
     "cifar10_lt": CIFAR,
     "cifar100_lt": dict(CIFAR, beta=cli.By(
         lambda loss, reweight: 0.9 if reweight == "effective" and loss != "ldam" else 0.9999)),
-    "imagenet_lt": dict(LARGE, color_jitter=0.4, cap=100),
-    "inat2018": dict(LARGE, arch="resnet50", cap=50, few_under=21),
+    "imagenet_lt": dict(LARGE, color_jitter=0.4,
+                        cap=cli.By(lambda generate: None if generate == "none" else 100)),
+    "inat2018": dict(LARGE, arch="resnet50", few_under=21,
+                     cap=cli.By(lambda generate: None if generate == "none" else 50)),
     "image_folder": FILES,
     "image_list": FILES,
     "synthetic": dict(TRICKS, batch_size=32, wd=5e-4, warmup=2, epochs=by_mixup(28, 40), lr_steps=(),
                       stage2_epochs=by_mixup(12, 16), stage2_lr_steps=by_mixup((0, 8), (0, 10)),
                       stage3_epochs=8, stage3_lr=0.01, stage3_lr_steps=(4, 7),
-                      rotation=10),  # some shapes differ by 45 or 90 degrees alone
+                      # some of its shapes differ by a rotation of 45 degrees
+                      rotation=cli.By(lambda generate: 45 if generate == "none" else 10)),
 }
 # fmt: on
 SCALE = 30.0  # LDAM's factor on the cosines
@@ -82,55 +85,56 @@ UNDEFERRED = ("smooth", "label_aware", "seql")  # losses that are the same in al
 class Args(cli.Args):
     loss: str = cli.option(
         "ce",
-        "cross-entropy, focal loss of sigmoids, label smoothing, label-aware smoothing, LDAM, softmax "
-        "equalisation, class-dependent temperatures, Balanced Softmax",
+        "ce: cross-entropy; focal: of sigmoids; smooth: label smoothing; label_aware: the same by class; "
+        "seql: softmax equalisation; cdt: class-dependent temperatures; bs: Balanced Softmax",
         choices=("ce", "focal", "smooth", "label_aware", "ldam", "seql", "cdt", "bs"),
     )
     reweight: str = cli.option(
         "none",
-        "class weights: cost-sensitive, or class-balanced by effective numbers",
+        "class weights; cost: cost-sensitive; effective: class-balanced, by effective numbers",
         choices=("none", "cost", "effective"),
     )
-    power: float = cli.option(1.0, "exponent of --reweight cost (0.5: square root) and of cdt", least=0)
-    beta: float = cli.option(0.9999, "of --reweight effective (the numbers)", least=0, most=0.9999999)
-    gamma: float = cli.option(2.0, "exponent of the focal loss", least=0)
+    power: float = cli.option(1.0, "exponent of --reweight cost (0.5: square root) or --loss cdt", least=0)
+    beta: float = cli.option(0.9999, "beta of --reweight effective", least=0, most=0.9999999)
+    gamma: float = cli.option(2.0, "exponent of --loss focal", least=0)
     sampling: str = cli.option(
         "class",
-        "how images are drawn; over, under: random over- and under-sampling",
+        "how images are drawn; class: a class, then one of its images; square-root: classes by the root of "
+        "their sizes; progressive: from instance to class; over, under: random over- and under-sampling",
         choices=("instance", "class", "square-root", "progressive", "over", "under"),
     )
     deferred: bool = cli.option(True, "re-balancing begins with stage 2 (DRW, DRS), not with the run")
     mixup: str = cli.option("input", "what is mixed", choices=("none", "input", "manifold", "remix"))
-    alpha: float = cli.option(1.0, "lambda ~ Beta(alpha, alpha)", above=0)
+    alpha: float = cli.option(1.0, "lambda of mixup ~ Beta(alpha, alpha)", above=0)
     generate: str = cli.option(
         "cam",
-        "new images for stage 2: foregrounds moved (CAM-based sampling) or whole images (ImageTrans)",
+        "new images for stage 2; cam: their foregrounds moved (CAM-based sampling); image-trans: all moved",
         choices=("cam", "image-trans", "none"),
     )
     cap: int | None = cli.option(
-        None, "no new images for classes of so many, at most that for others", least=1
+        None, "no new images for classes of this size or above, at most this many for others", least=1
     )
     cam_threshold: float = cli.option(1.0, "the foreground begins at so many times a map's mean", least=0)
-    rotation: int = cli.option(45, "largest rotation in degrees; less where it alters the class", least=0)
+    rotation: int = cli.option(45, "largest rotation in degrees; lower it if that alters a class", least=0)
     finetune: bool = cli.option(True, "stage 3: go on without mixup")
-    warmup: int = cli.option(0, "epochs of linear warm-up from a third", least=0)
+    warmup: int = cli.option(0, "epochs of linear warm-up, from lr / 3 on", least=0)
     lr_factor: float = cli.option(0.1, "factor on the learning rate at each step of stages 1 and 2", above=0)
-    stage2_epochs: int = cli.option(40, "epochs of stage 2, in which the learning rate goes on", least=1)
-    stage2_lr_steps: tuple[int, ...] = cli.option((), "epochs of stage 2 at which it falls", least=0)
+    stage2_epochs: int = cli.option(40, "epochs of stage 2, beginning at the rate that is reached", least=1)
+    stage2_lr_steps: tuple[int, ...] = cli.option((), "0-based epochs of stage 2 at which it falls", least=0)
     stage3_epochs: int = cli.option(20, "epochs of stage 3", least=1)
     stage3_lr: float = cli.option(1e-3, "learning rate of stage 3", above=0)
     stage3_lr_steps: tuple[int, ...] = cli.option((7, 15), "its epochs at which that falls tenfold", least=0)
 
     def __post_init__(self):
         super().__post_init__()
-        effective, cost = self.reweight == "effective", self.reweight == "cost" or self.loss == "cdt"
-        effects = dict(beta=effective, power=cost, gamma=self.loss == "focal", alpha=self.mixup != "none")
-        effects["cam_threshold"] = self.generate == "cam"
-        for name, effect in effects.items():
-            if not effect and getattr(self, name) != getattr(Args, name):
-                tricks = [f"--{of} {getattr(self, of)}" for of in ("loss", "reweight", "mixup", "generate")]
-                given = f"{cli.flag(name)} {getattr(self, name)}"
-                cli.fail(f"{given}: has no effect with {', '.join(tricks)}; leave it out")
+        needs = dict(power=("--reweight cost or --loss cdt", self.reweight == "cost" or self.loss == "cdt"))
+        needs |= dict(beta=("--reweight effective", self.reweight == "effective"))
+        needs |= dict(gamma=("--loss focal", self.loss == "focal"), alpha=("--mixup", self.mixup != "none"))
+        needs |= dict(cam_threshold=("--generate cam", self.generate == "cam"))
+        needs |= {name: ("--generate", self.generate != "none") for name in ("cap", "rotation")}
+        for name, (what, given) in needs.items():
+            if not given and getattr(self, name) != getattr(Args, name):
+                cli.fail(f"{cli.flag(name)} {getattr(self, name)}: is for {what}; add that, or leave it out")
         if self.loss == "cdt" and self.reweight == "cost":
             cli.fail("--reweight cost: shares --power with --loss cdt; use one of them")
         if self.mixup == "none" and self.finetune:
@@ -139,7 +143,7 @@ class Args(cli.Args):
             cli.fail(f"--generate {self.generate}: is for stage 2, so not with --no-deferred; leave one out")
         if self.generate == "cam" and self.arch == "lenet":
             cli.fail("--arch lenet: has no class activation maps; use a ResNet, or another --generate")
-        if self.deferred and self.loss in UNDEFERRED:
+        if self.deferred and self.loss in UNDEFERRED and self.reweight == "none":
             cli.say(f"note: --loss {self.loss}: has no deferred form; the loss is the same in all stages")
 
 
@@ -312,14 +316,6 @@ def foregrounds(cam, threshold=1.0):
     return (cam >= threshold * mean - 1e-6) & (mean > 0)
 
 
-def boxes(mask):
-    """(left, right, top, bottom), [B] each: first and last column and row of the masks [B, H, W]."""
-    edges = []
-    for line in (mask.any(1), mask.any(2)):
-        edges += [line.int().argmax(1), line.shape[1] - 1 - line.flip(1).int().argmax(1)]
-    return edges
-
-
 def inverse_maps(mask, draws, rotation=45, whole=False):
     """Affine maps [B, 2, 3] from pixels (x, y, 1) of the new images to those that they show.
 
@@ -327,7 +323,10 @@ def inverse_maps(mask, draws, rotation=45, whole=False):
     the mask [B, H, W] inside, with `whole` of up to a quarter of the side; or a rotation by -rotation to
     rotation - 1 degrees and scale 0.80 to 1.19 about the middle of the box.
     """
-    (height, width), (left, right, top, bottom) = mask.shape[1:], (edge.float() for edge in boxes(mask))
+    height, width = mask.shape[1:]
+    columns, rows = mask.any(1).int(), mask.any(2).int()
+    left, right = columns.argmax(1).float(), width - 1 - columns.flip(1).argmax(1).float()
+    top, bottom = rows.argmax(1).float(), height - 1 - rows.flip(1).argmax(1).float()
     operation, *draws = draws.to(left).unbind(1)
     one, zero, x, y = torch.ones_like(left), torch.zeros_like(left), (left + right) / 2, (top + bottom) / 2
     ranges = [
@@ -381,6 +380,7 @@ def with_new_images(run, network, train_set, args):
     def make(images, labels, at):
         return transform(network.eval(), images, labels, draws[at], train_set, args)
 
+    cli.say(f"making {len(sources)} new images")
     shown = torch.arange(len(sources))[:: -(-len(sources) // 8)]
     batch = train_set.__getitems__(sources[shown].tolist())
     run.save_grid("new_images.png", *make(*send_to_device(batch, run.accelerator.device), shown))
@@ -394,7 +394,9 @@ def make_network(train_set, args):
     if args.generate == "cam":
         models.check_map(network, train_set.shape, args.arch)
     if args.generate != "none" and args.cap is not None and args.cap <= smallest:
-        cli.fail(f"--cap {args.cap}: all classes have as many images, so none gets new ones; raise it")
+        cli.fail(
+            f"--cap {args.cap}: all classes have as many images or more, so none gets new ones; raise it"
+        )
     if args.sampling == "under" and smallest * train_set.num_classes < args.batch_size:
         least = f"it leaves {smallest * train_set.num_classes} images"
         cli.fail(f"--sampling under: {least}, less than --batch-size {args.batch_size}; lower that")

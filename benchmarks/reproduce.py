@@ -26,9 +26,27 @@ def read_table(table):
     if not file.is_file():
         there = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt")))
         cli.fail(f"--table {table}: no such file, nor a table of the project ({there})")
-    lines = [line for line in file.read_text().splitlines() if line.strip() and line[0] != "#"]
-    rows = [(name, shlex.split(command)) for name, command in (line.split(": ", 1) for line in lines)]
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, _, command = line.partition(": ")
+        try:
+            words = shlex.split(command)
+        except ValueError:  # an open quotation
+            words = []
+        if not (words and (ROOT / words[0]).is_file()):
+            cli.fail(f"{file}:{number}: not a row; write NAME: SCRIPT.py OPTIONS, a script of the project")
+        if slug(name) in [slug(other) for other, _ in rows]:
+            cli.fail(f"{file}:{number}: {name} would share its folder with another row; rename it")
+        rows.append((name, words))
+    if not rows:
+        cli.fail(f"{file}: holds no row; write NAME: SCRIPT.py OPTIONS")
     return rows
+
+
+def slug(text):
+    return re.sub("[^a-z0-9]+", "_", text.lower()).strip("_")
 
 
 def jobs_of(rows, seeds, folder, more):
@@ -36,7 +54,7 @@ def jobs_of(rows, seeds, folder, more):
     jobs = []
     for seed in seeds:
         for name, words in rows:
-            of = folder / f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{seed}"
+            of = folder / f"{slug(name)}_{seed}"
             where = ["--seed", str(seed), "--output-dir", str(of), "--resume", "auto"]
             jobs.append((name, [*words, *more, *where], of))
     return jobs
@@ -45,16 +63,17 @@ def jobs_of(rows, seeds, folder, more):
 def run(job, threads):
     """The result of a job, {"row": name, ...}; None where it failed, with its last line said."""
     name, words, folder = job
-    file = folder / "result.json"
+    file, there = folder / "result.json", ", already there"
     if not (file.exists() and json.loads(file.read_text())["command"] == shlex.join(words)):
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        done, there = subprocess.run(command, capture_output=True, text=True, env=env), ""
         if done.returncode:
             cli.say(f"failed: {shlex.join(words)}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
             return None
     result = json.loads(file.read_text())
-    cli.say(f"{name}, seed {result['seed']}: all {result['all']:.1f} ({result['seconds'] / 60:.1f} min)")
+    minutes = result["seconds"] / 60
+    cli.say(f"{name}, seed {result['seed']}: all {result['all']:.1f} ({minutes:.1f} min{there})")
     return {"row": name, **result}
 
 
@@ -62,18 +81,21 @@ def main(argv=None):
     words, more = list(sys.argv[1:] if argv is None else argv), []
     if "--" in words:
         words, more = words[: words.index("--")], words[words.index("--") + 1 :]
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m benchmarks.reproduce",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--table", required=True, help="file of the table, or its name in benchmarks/tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output-dir", help="folder of the runs (default: runs/tables/TABLE)")
+    parser.add_argument("--output-dir", help="folder of the runs (default: runs/tables/TABLE_OPTIONS)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     args = parser.parse_args(words)
-    folder = Path(args.output_dir or Path("runs", "tables", Path(args.table).stem))
+    if args.jobs < 1:
+        cli.fail(f"--jobs {args.jobs}: must be at least 1")
+    name = "_".join([Path(args.table).stem, *filter(None, [slug(" ".join(more))])])
+    folder = Path(args.output_dir or Path("runs", "tables", name))
     jobs = jobs_of(read_table(args.table), args.seeds, folder, more)
     if args.dry_run:
         print("\n".join(f"{name}: {shlex.join(words)}" for name, words, _ in jobs))

@@ -44,13 +44,15 @@ class By:
     def __init__(self, function):
         self.function, self.options = function, list(inspect.signature(function).parameters)
 
-    def __call__(self, values):
-        return self.function(*(values[name] for name in self.options))
-
 
 def resolve(values):
-    """`values` with every By replaced by what it says."""
-    return {name: value(values) if isinstance(value, By) else value for name, value in values.items()}
+    """`values` with every By replaced by what it says; the options it goes by may be By themselves."""
+
+    def value_of(name):
+        value = values[name]
+        return value.function(*map(value_of, value.options)) if isinstance(value, By) else value
+
+    return {name: value_of(name) for name in values}
 
 
 @dataclass

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
@@ -217,7 +217,6 @@ class LabelledImages(Dataset):
         loader = zip(batches, DataLoader(self, batch_sampler=lists, **loader_options(self)), strict=True)
         made = ((at, make(*send_to_device(batch, accelerator.device), at)) for at, batch in loader)
         new = self.stored(made, self.labels[positions], folder)
-        accelerator.wait_for_everyone()  # and so has each of the files
         for name in self.per_image:
             parts = getattr(self, name), new[name]
             setattr(whole, name, np.concatenate(parts) if name == "paths" else torch.cat(parts))
@@ -295,14 +294,19 @@ class ImageFiles(LabelledImages):
 
     def stored(self, batches, labels, folder):
         """The same, with the images written as JPEG files."""
-        paths = [os.fsencode(folder.absolute() / f"{i:07d}.jpg") for i in range(len(labels))]
+        paths, problem = [os.fsencode(folder.absolute() / f"{i:07d}.jpg") for i in range(len(labels))], None
         try:
             folder.mkdir(exist_ok=True)
             for positions, images in batches:
                 for i, image in zip(positions.tolist(), images.cpu(), strict=True):
                     v2.functional.to_pil_image(image).save(os.fsdecode(paths[i]), quality=95)
         except OSError as e:
-            cli.fail(f"{folder}: cannot be written ({e.strerror})", here=True)
+            problem = e.strerror or str(e)
+        problems = [one for one in gather_object([problem]) if one]  # waits for all processes
+        if problems:
+            cli.fail(
+                f"{folder}: cannot be written ({problems[0]}); mend that, and --resume goes on from here"
+            )
         return dict(labels=labels, paths=np.array(paths))
 
     def __getitems__(self, items):

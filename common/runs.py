@@ -243,8 +243,11 @@ class Run:
             channels = max(column.shape[1] for column in columns)
             cells = torch.stack([c.expand(-1, channels, -1, -1) for c in columns], dim=1).flatten(0, 1)
             cells = torch.nn.functional.interpolate(cells, scale_factor=max(1, 96 // cells.shape[-1]))
-            save_image(cells, self.folder / name, nrow=len(columns))
-            cli.say(f"drew {self.folder / name}")
+            try:
+                save_image(cells, self.folder / name, nrow=len(columns))
+                cli.say(f"drew {self.folder / name}")
+            except OSError as e:  # it trains nothing
+                cli.say(f"note: {self.folder / name}: not drawn ({e.strerror or e})")
 
     # ------------------------------------------------------------------------------------------- the result
 

@@ -469,7 +469,6 @@ def test_foreground():
 def test_box_and_the_ranges_of_the_operations():
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, 2:6, 1:4] = True
-    assert [edge.item() for edge in bag.boxes(mask)] == [1, 3, 2, 5]
     maps = bag.inverse_maps(mask.expand(6000, 8, 8), torch.rand(6000, 5, generator=torch.manual_seed(0)))
     upright = torch.zeros(6000, 11, 8, dtype=torch.bool)
     upright[:, 2:6, 1:4] = True
@@ -707,6 +706,10 @@ def test_learning_rates():
     close([rate(e, full) for e in (319, 320, 321, 359, 360, 400)], [0.1, *[1e-3] * 3, 1e-5, 1e-5], 1e-12)
     third = [rate(400 + e, full) for e in (1, 7, 8, 15, 16, 20)]
     close(third, [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5], 1e-12)
+    short = recipe("cifar100_lt", epochs=100, stage2_epochs=20)  # the rate falls before stage 2 all the same
+    close([rate(e, short) for e in (99, 100, 109, 110)], [0.1, 1e-3, 1e-3, 1e-5], 1e-12)
+    baseline = recipe("imagenet_lt", mixup="none")
+    close([rate(e, baseline) for e in (59, 60, 79, 80, 100)], [0.2, 0.02, 0.02, 2e-3, 2e-3], 1e-12)
     large = recipe("imagenet_lt")
     rates = [rate(e, large) for e in (1, 119, 120, 159, 160, 161, 199, 200, 201, 207, 208, 216, 220)]
     close(rates, [0.2, 0.2, 0.02, 0.02, *[2e-3] * 3, 2e-4, 2e-3, 2e-3, 2e-4, 2e-5, 2e-5], 1e-12)
@@ -879,11 +882,13 @@ def test_foregrounds_are_on_the_object_of_synthetic_images(tmp_path):
         (dict(mixup="none", finetune=True), "--finetune: goes on without mixup, and there is none"),
         (dict(deferred=False, generate="cam"), "--generate cam: is for stage 2, so not with --no-deferred"),
         (dict(arch="lenet"), "--arch lenet: has no class activation maps"),
-        (dict(gamma=1.0), "--gamma 1.0: has no effect with --loss ce"),
-        (dict(power=0.5), "--power 0.5: has no effect with --loss ce, --reweight none"),
-        (dict(beta=0.5), "--beta 0.5: has no effect with --loss ce, --reweight none"),
-        (dict(mixup="none", alpha=0.5), "--alpha 0.5: has no effect with --loss ce"),
-        (dict(generate="none", cam_threshold=0.75), "--cam-threshold 0.75: has no effect with --loss ce"),
+        (dict(gamma=1.0), "--gamma 1.0: is for --loss focal; add that, or leave it out"),
+        (dict(power=0.5), "--power 0.5: is for --reweight cost or --loss cdt; "),
+        (dict(beta=0.5), "--beta 0.5: is for --reweight effective; "),
+        (dict(mixup="none", alpha=0.5), "--alpha 0.5: is for --mixup; "),
+        (dict(generate="image-trans", cam_threshold=0.75), "--cam-threshold 0.75: is for --generate cam; "),
+        (dict(generate="none", cap=3), "--cap 3: is for --generate; "),
+        (dict(sampling="instance", rotation=5), "--rotation 5: is for --generate; "),
         (dict(loss="cdt", reweight="cost"), "--reweight cost: shares --power with --loss cdt"),
         (dict(loss="dive"), "--loss dive: must be one of ce, "),
     ],
@@ -895,7 +900,7 @@ def test_meaningless_combinations(given, start, capsys):
 @pytest.mark.parametrize(
     "given, start",
     [
-        (dict(cap=5), "--cap 5: all classes have as many images"),
+        (dict(cap=5), "--cap 5: all classes have as many images or more"),
         (
             dict(sampling="under", batch_size=64),
             "--sampling under: it leaves 50 images, less than --batch-size 64",
@@ -910,6 +915,29 @@ def test_refused_before_training(given, start, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_disk_that_takes_no_images(tmp_path, jpegs, capsys):
+    """One line, and stage 1 is kept. The picture alone stops nothing."""
+    data = {**jpegs, "imbalance": 4.0, "epochs": 1, "stage2_epochs": 1, "finetune": False, "batch_size": 8}
+    data["output_dir"] = tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "new_images").write_text("a file")
+    (tmp_path / "run" / "new_images.png").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as stop:
+        run_here(SCRIPT, **data, resume="auto")
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert lines[-1].endswith(
+        "run/new_images: cannot be written (File exists); mend that, and --resume goes on from here"
+    )
+    (tmp_path / "run" / "new_images").unlink()
+    (tmp_path / "run" / "new_images.png").unlink()
+    (tmp_path / "run" / "new_images.png").mkdir()
+    assert len(lines_of(tmp_path / "run")) == 1
+    run_here(SCRIPT, **data, resume="yes")
+    assert len(lines_of(tmp_path / "run")) == 2
+    assert "new_images.png: not drawn (Is a directory)" in capsys.readouterr().err
+
+
 def test_overwriting_takes_the_new_images_away(tmp_path, jpegs):
     data = {**jpegs, "imbalance": 4.0, "epochs": 1, "stage2_epochs": 1, "finetune": False, "batch_size": 8}
     run_here(SCRIPT, **data, output_dir=tmp_path / "run")
@@ -920,8 +948,8 @@ def test_overwriting_takes_the_new_images_away(tmp_path, jpegs):
 
 
 def test_steps_after_a_stage_have_no_effect(tmp_path, capsys):
-    args = recipe("cifar10_lt", mixup="none", epochs=150, stage2_epochs=50)
-    close([rate(e, args) for e in (150, 159, 160, 169, 170)], [0.1, 0.1, 0.1, 0.1, 1e-3], 1e-12)
+    args = recipe("cifar10_lt", mixup="none", epochs=150, stage2_epochs=50, lr_steps=(149, 159))
+    close([rate(e, args) for e in (149, 150, 160, 174, 175)], [0.1, 1e-3, 1e-3, 1e-3, 1e-5], 1e-12)
     tiny(tmp_path, "run", stage2_lr_steps=(0, 3), stage3_lr_steps=(5,))
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert notes == [
@@ -944,4 +972,5 @@ def test_losses_without_a_deferred_form_say_so(loss, capsys):
         == f"note: --loss {loss}: has no deferred form; the loss is the same in all stages\n"
     )
     recipe("synthetic", loss=loss, deferred=False)
+    recipe("synthetic", loss=loss, reweight="cost")  # whose weights are deferred
     assert capsys.readouterr().err == ""

@@ -28,7 +28,7 @@ def test_a_dry_run_lists_every_command(capsys):
     assert len(lines) == 2 * len(reproduce.read_table("tricks"))
     assert lines[0] == (
         "CE: bag_of_tricks.py --mixup none --sampling instance --imbalance 50 --seed 0 "
-        "--output-dir runs/tables/tricks/ce_0 --resume auto"
+        "--output-dir runs/tables/tricks_imbalance_50/ce_0 --resume auto"
     )
 
 
@@ -44,7 +44,8 @@ def test_a_table_runs_and_is_not_run_twice(tmp_path, capsys, monkeypatch):
     assert sorted((r["row"], r["seed"]) for r in results) == sorted((n, s) for n in rows for s in (0, 1))
     monkeypatch.setattr(reproduce.subprocess, "run", None)  # nothing is run any more
     reproduce.main(words)
-    assert capsys.readouterr().out == printed.out
+    again = capsys.readouterr()
+    assert again.out == printed.out and again.err.count("already there") == 4
 
 
 def test_a_row_that_fails_is_named(tmp_path, capsys):
@@ -60,3 +61,25 @@ def test_a_row_that_fails_is_named(tmp_path, capsys):
 def test_a_table_that_is_not_there(capsys):
     line = refusal(lambda: reproduce.main(["--table", "nothing"]), capsys)
     assert line.startswith("--table nothing: no such file, nor a table of the project (")
+
+
+@pytest.mark.parametrize(
+    "text, start",
+    [
+        ("CE cmo.py\n", ":1: not a row; write NAME: SCRIPT.py OPTIONS"),
+        ("\nCE:\n", ":2: not a row"),
+        ("CE: cmo.py --loss 'ce\n", ":1: not a row"),
+        ("CE: com.py\n", ":1: not a row"),
+        ("A b: cmo.py\nA-b: bbn.py\n", ":2: A-b would share its folder with another row; rename it"),
+        ("  # nothing\n", ": holds no row"),
+    ],
+)
+def test_a_table_that_is_wrong(text, start, tmp_path, capsys):
+    (tmp_path / "wrong.txt").write_text(text)
+    line = refusal(lambda: reproduce.main(["--table", str(tmp_path / "wrong.txt")]), capsys)
+    assert line.startswith(f"{tmp_path}/wrong.txt{start}")
+
+
+def test_no_jobs(capsys):
+    line = refusal(lambda: reproduce.main(["--table", "tricks", "--jobs", "0", "--dry-run"]), capsys)
+    assert line == "--jobs 0: must be at least 1"

@@ -109,6 +109,16 @@ def test_recipe_that_goes_by_another_option(capsys):
     assert "(default: 6)" in capsys.readouterr().out
 
 
+def test_recipe_that_goes_by_a_value_that_goes_by_another():
+    """Whatever their order; and by a switch."""
+    twice = cli.By(lambda auto_augment: 20 if auto_augment else 10)
+    recipes = {"synthetic": dict(lr_steps=cli.By(lambda epochs: (epochs - 1,)), epochs=twice)}
+    assert cli.parse(cli.Args, recipes, "", []).lr_steps == (9,)
+    assert cli.parse(cli.Args, recipes, "", ["--auto-augment"]).lr_steps == (19,)
+    assert cli.parse(cli.Args, recipes, "", ["--auto-augment", "--epochs", "5"]).lr_steps == (4,)
+    assert cli.build(cli.Args, recipes, auto_augment=True).lr_steps == (19,)
+
+
 def test_recipe_that_goes_by_several_options(capsys):
     """They have their types, in the help text, too; a wrong value still takes one line."""
     recipes = {"synthetic": dict(epochs=cli.By(lambda imbalance, arch: int(imbalance) + len(arch)))}
