@@ -111,9 +111,7 @@ class Args(cli.Args):
         "new images for stage 2; cam: their foregrounds moved (CAM-based sampling); image-trans: all moved",
         choices=("cam", "image-trans", "none"),
     )
-    cap: int | None = cli.option(
-        None, "no new images for classes of this size or above, at most this many for others", least=1
-    )
+    cap: int | None = cli.option(None, "none for classes of this size on, at most so many below it", least=1)
     cam_threshold: float = cli.option(1.0, "the foreground begins at so many times a map's mean", least=0)
     rotation: int = cli.option(45, "largest rotation in degrees; lower it if that alters a class", least=0)
     finetune: bool = cli.option(True, "stage 3: go on without mixup")
