@@ -70,8 +70,11 @@ RECIPES = {
                      cap=cli.By(lambda generate: None if generate == "none" else 50)),
     "image_folder": FILES,
     "image_list": FILES,
-    "synthetic": dict(TRICKS, batch_size=32, wd=5e-4, warmup=2, epochs=by_mixup(28, 40), lr_steps=(),
-                      stage2_epochs=by_mixup(12, 16), stage2_lr_steps=by_mixup((0, 8), (0, 10)),
+    "synthetic": dict(TRICKS, batch_size=32, wd=5e-4, warmup=2, epochs=by_mixup(28, 40),
+                      # the rate falls when re-weighting begins, as on CIFAR with LDAM
+                      lr_steps=cli.By(lambda epochs, loss: (epochs - 1,) if loss == "ldam" else ()),
+                      stage2_epochs=by_mixup(12, 16), stage2_lr_steps=cli.By(
+                          lambda mixup, loss: (0,) * (loss != "ldam") + ((8,) if mixup == "none" else (10,))),
                       stage3_epochs=8, stage3_lr=0.01, stage3_lr_steps=(4, 7),
                       # some of its shapes differ by a rotation of 45 degrees
                       rotation=cli.By(lambda generate: 45 if generate == "none" else 10)),
