@@ -866,10 +866,20 @@ def test_foregrounds_are_on_the_object_of_synthetic_images(tmp_path):
     draws = torch.rand(len(labels), 5, generator=torch.manual_seed(0))
     pixels, _, mask, new = bag.transform(network, images, labels, draws, train_set, args)
     on_object = synthetic_objects(train_set)
-    print(mask[on_object].double().mean(), mask[~on_object].double().mean())
-    assert mask[on_object].double().mean() > mask[~on_object].double().mean() + 0.2
-    assert (new != pixels).any((1, 2, 3)).double().mean() > 0.9
+    shares = [mask[where].double().mean().item() for where in (on_object, ~on_object)]
+    assert 0.8 < shares[0] < 0.9 and 0.2 < shares[1] < 0.35
+    places = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    kept = mask.any((1, 2))  # without constant maps
+    down, right = (
+        sum(
+            sign * (of[kept] * place).sum((1, 2)) / of[kept].sum((1, 2))
+            for sign, of in ((1, mask), (-1, on_object))
+        )
+        for place in places
+    )
+    assert 1 < right.mean() < 3 and 0 < down.mean() < 2  # too far, by pixels
     changed = (new != pixels).any(1)
+    assert 0.94 < changed.any((1, 2)).double().mean() < 0.98  # the others are copies
     assert changed[on_object].double().mean() > changed[~on_object].double().mean() + 0.1
 
 
