@@ -755,7 +755,7 @@ def test_every_row_runs(row, tmp_path):
 
 def test_nothing_to_defer_is_plain_training(tmp_path):
     """Equal counts: weights and priors change nothing, nor does the time from which they hold."""
-    equal = dict(SINGLE, imbalance=1.0, batch_size=512)
+    equal = dict(SINGLE, imbalance=1.0, batch_size=512, arch="lenet", lr=0.02)
     plain = tiny(tmp_path, "plain", **equal)
     for i, given in enumerate((dict(reweight="cost"), dict(loss="bs"), dict(loss="cdt"))):
         close(tiny(tmp_path, str(i), **equal, **given)["loss"], plain["loss"], 1e-5)
@@ -813,7 +813,7 @@ def test_new_images_are_made_with_the_network_of_stage_1(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("moment", ["1:5", "2:5", "3:5", "5:5"])
+@pytest.mark.parametrize("moment", ["1:5", pytest.param("2:5", marks=pytest.mark.slow), "3:5", "5:5"])
 def test_killed_in_each_stage(moment, processes, tmp_path):
     """Stage 1, the first and the second epoch of stage 2, stage 3: as if unbroken, bit for bit."""
     long = {**SMALL, "epochs": 2, "stage2_epochs": 2, "stage3_epochs": 2}
