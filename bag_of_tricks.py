@@ -164,7 +164,7 @@ def smoothing(class_counts, high=0.4, low=0.1, shape="concave"):
     if shape == "concave":
         share = torch.sin(math.pi / 2 * share)
     elif shape == "convex":
-        share = 1 + torch.sin(3 * math.pi / 2 + math.pi / 2 * share)
+        share = 1 - torch.cos(math.pi / 2 * share)
     return low + (high - low) * share
 
 
@@ -252,12 +252,10 @@ class ManifoldMixup(nn.Module):
 def class_probabilities(class_counts, sampling, t=1.0):
     """Probability of drawing each class [K]; progressive: from instance, t = 0, to class, t = 1."""
     n = class_counts.double()
-    instance, even = n / n.sum(), torch.full_like(n, 1 / len(n))
-    if sampling == "square-root":
-        return n.sqrt() / n.sqrt().sum()
     if sampling == "progressive":
-        return (1 - t) * instance + t * even
-    return instance if sampling == "instance" else even
+        return (1 - t) * n / n.sum() + t / len(n)
+    powers = n.pow({"instance": 1.0, "square-root": 0.5, "class": 0.0}[sampling])
+    return powers / powers.sum()
 
 
 def progress(epoch, args):
@@ -272,7 +270,8 @@ def make_sampler(pool, class_counts, sampling, args):
     An epoch has as many images as the training set; with over, all of the pool and draws that make each class
     as large as the largest; with under, as many of each class as the smallest has, always the same.
     """
-    lists, smallest, largest = pool.by_class(), int(class_counts.min()), int(pool.class_counts.max())
+    lists = datasets.by_class(pool.labels, pool.class_counts)
+    smallest, largest = int(class_counts.min()), int(pool.class_counts.max())
     sizes = {"over": largest * len(lists), "under": smallest * len(lists)}
     size = sizes.get(sampling, int(class_counts.sum()))
 
@@ -330,14 +329,10 @@ def inverse_maps(mask, draws, rotation=45, whole=False):
     top, bottom = rows.argmax(1).float(), height - 1 - rows.flip(1).argmax(1).float()
     operation, *draws = draws.to(left).unbind(1)
     one, zero, x, y = torch.ones_like(left), torch.zeros_like(left), (left + right) / 2, (top + bottom) / 2
-    ranges = [
-        (-left, width - 1 - right),
-        (-top, height - 1 - bottom),
-        (-rotation, max(rotation - 1, 0)),
-        (80, 119),
-    ]
+    across, down = (-left, width - 1 - right), (-top, height - 1 - bottom)
     if whole:
-        ranges[:2] = (-(width // 4), width // 4), (-(height // 4), height // 4)
+        across, down = (-(width // 4), width // 4), (-(height // 4), height // 4)
+    ranges = [across, down, (-rotation, max(rotation - 1, 0)), (80, 119)]
     drawn = [low + (u * (high - low + 1)).floor() for u, (low, high) in zip(draws, ranges, strict=True)]
     dx, dy, angle, scale = *drawn[:2], drawn[2].deg2rad(), drawn[3] / 100
     cos, sin = angle.cos() / scale, angle.sin() / scale
@@ -374,7 +369,8 @@ def transform(network, images, labels, draws, train_set, args):
 def with_new_images(run, network, train_set, args):
     """The training set and new images by quotas, each made from a random one of its class. Draws a few."""
     generator = torch.Generator().manual_seed(datasets.epoch_seed(args.seed, 0, stream=4))
-    wanted = zip(train_set.by_class(), quotas(train_set.class_counts, args.cap).tolist(), strict=True)
+    counts = train_set.class_counts
+    wanted = zip(datasets.by_class(train_set.labels, counts), quotas(counts, args.cap).tolist(), strict=True)
     sources = torch.cat([of[torch.randint(len(of), (n,), generator=generator)] for of, n in wanted])
     draws, folder = torch.rand(len(sources), 5, generator=generator), run.folder / "new_images"
 
@@ -395,9 +391,7 @@ def make_network(train_set, args):
     if args.generate == "cam":
         models.check_map(network, train_set.shape, args.arch)
     if args.generate != "none" and args.cap is not None and args.cap <= smallest:
-        cli.fail(
-            f"--cap {args.cap}: all classes have as many images or more, so none gets new ones; raise it"
-        )
+        cli.fail(f"--cap {args.cap}: all classes have as many images or more; raise it, to get new ones")
     if args.sampling == "under" and smallest * train_set.num_classes < args.batch_size:
         least = f"it leaves {smallest * train_set.num_classes} images"
         cli.fail(f"--sampling under: {least}, less than --batch-size {args.batch_size}; lower that")

@@ -172,7 +172,7 @@ def class_cycle(size, labels, class_counts, generator):
     num_classes, indices = len(class_counts), torch.empty(size, dtype=torch.int64)
     rounds = [torch.randperm(num_classes, generator=generator) for _ in range(0, size, num_classes)]
     classes = torch.cat(rounds)[:size]
-    for k, images in enumerate(labels.argsort(stable=True).split(class_counts.tolist())):
+    for k, images in enumerate(datasets.by_class(labels, class_counts)):
         slots = (classes == k).nonzero()[:, 0]
         times = -(-len(slots) // len(images))
         orders = [torch.randperm(len(images), generator=generator) for _ in range(times)]

@@ -159,8 +159,7 @@ def forever(items, generator):
 def class_aware(size, labels, class_counts, generator, in_a_row=4):
     """`size` indices: rounds over all classes in random order, of each the next 4 of its shuffled images."""
     rounds = forever(range(len(class_counts)), generator)
-    images = labels.argsort(stable=True).split(class_counts.tolist())
-    images = [forever(of_class.tolist(), generator) for of_class in images]
+    images = [forever(of.tolist(), generator) for of in datasets.by_class(labels, class_counts)]
     classes = itertools.islice(rounds, math.ceil(size / in_a_row))
     return torch.tensor([next(images[k]) for k in classes for _ in range(in_a_row)][:size])
 

@@ -182,8 +182,7 @@ def forever(items, generator):
 
 def next_images(classes, labels, class_counts, generator):
     """For each of `classes` the next image of that class's own shuffled list, as indices. labels [N]."""
-    lists = labels.argsort(stable=True).split(class_counts.tolist())
-    lists = [forever(images.tolist(), generator) for images in lists]
+    lists = [forever(of.tolist(), generator) for of in datasets.by_class(labels, class_counts)]
     return torch.tensor([next(lists[k]) for k in classes])
 
 

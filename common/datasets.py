@@ -50,6 +50,11 @@ def long_tail_subset(labels, counts, generator):
     return np.concatenate(kept)
 
 
+def by_class(labels, class_counts):
+    """Positions of each class's images, ascending, a tuple of K tensors. labels [N], class_counts [K]."""
+    return labels.argsort(stable=True).split(class_counts.tolist())
+
+
 def cut(labels, num_classes, imbalance, largest=None, generator=None):
     """Positions of the exponential cut of `labels` [N]; `largest` is n_0, by default the largest class.
 
@@ -195,10 +200,6 @@ class LabelledImages(Dataset):
             setattr(part, name, getattr(self, name)[positions])
         part.class_counts = torch.bincount(part.labels, minlength=self.num_classes)
         return part
-
-    def by_class(self):
-        """The positions of each class's images, a tuple of K tensors."""
-        return self.labels.argsort(stable=True).split(self.class_counts.tolist())
 
     def pixels(self, images):
         """The uint8 images [B, C, H, W] of normalised ones."""
