@@ -14,11 +14,11 @@ Differs:  as in the authors' toolbox (BagofTricks-LT), not the paper: rotation a
           from the images alone, ImageNet-LT has 220 epochs and colour jitter. As in the paper, not the
           toolbox: the map is of the image as it is, its threshold is the mean, not 0.75 of it
           (--cam-threshold), each image has its own share in Remix. Unlike both: the maps are of stage 1's
-          last epoch (toolbox: of its best on the test set), new images are as large as the network sees
-          them, a pixel stays where one from outside would come in. Random over- and under-sampling are not
-          in the toolbox; its influence-balanced loss, DiVE and concatenated batches are not here. At
-          imbalance 50 it has --gamma 2 on CIFAR-10 and --beta 0.99 on CIFAR-100 for class-balanced focal
-          loss. iNaturalist has ImageNet-LT's recipe, with its own cap.
+          last epoch, not of its best on the test set, new images are as large as the network sees them, a
+          pixel stays where one from outside would come in. Random over- and under-sampling are the paper's
+          alone; the toolbox's influence-balanced loss, DiVE and concatenated batches are not here, SEQL is
+          in equalization_loss.py. At imbalance 50 it has --gamma 2 on CIFAR-10, --beta 0.99 on CIFAR-100 for
+          class-balanced focal loss. iNaturalist has ImageNet-LT's recipe, with its own cap.
           An incomplete last batch is dropped; the result is the last epoch.
 Expected: errors on cifar10_lt and cifar100_lt, imbalance 100, ResNet-32: 19.97 and 52.17 (paper). Of the
           toolbox: CE 28.05 and 62.27, mixup 25.94 and 59.18, CAM-based sampling 23.10 and 58.05.
@@ -81,7 +81,7 @@ RECIPES = {
 }
 # fmt: on
 SCALE = 30.0  # LDAM's factor on the cosines
-UNDEFERRED = ("smooth", "label_aware", "seql")  # losses that are the same in all stages
+UNDEFERRED = ("smooth", "label_aware")  # losses that are the same in all stages
 
 
 @dataclass
@@ -89,8 +89,8 @@ class Args(cli.Args):
     loss: str = cli.option(
         "ce",
         "ce: cross-entropy; focal: of sigmoids; smooth: label smoothing; label_aware: the same by class; "
-        "seql: softmax equalisation; cdt: class-dependent temperatures; bs: Balanced Softmax",
-        choices=("ce", "focal", "smooth", "label_aware", "ldam", "seql", "cdt", "bs"),
+        "cdt: class-dependent temperatures; bs: Balanced Softmax",
+        choices=("ce", "focal", "smooth", "label_aware", "ldam", "cdt", "bs"),
     )
     reweight: str = cli.option(
         "none",
@@ -128,12 +128,15 @@ class Args(cli.Args):
 
     def __post_init__(self):
         super().__post_init__()
-        needs = dict(power=("--reweight cost or --loss cdt", self.reweight == "cost" or self.loss == "cdt"))
-        needs |= dict(beta=("--reweight effective", self.reweight == "effective"))
-        needs |= dict(gamma=("--loss focal", self.loss == "focal"), alpha=("--mixup", self.mixup != "none"))
-        needs |= dict(cam_threshold=("--generate cam", self.generate == "cam"))
-        needs |= {name: ("--generate", self.generate != "none") for name in ("cap", "rotation")}
-        for name, (what, given) in needs.items():
+        for name, what, given in (
+            ("power", "--reweight cost or --loss cdt", self.reweight == "cost" or self.loss == "cdt"),
+            ("beta", "--reweight effective", self.reweight == "effective"),
+            ("gamma", "--loss focal", self.loss == "focal"),
+            ("alpha", "--mixup", self.mixup != "none"),
+            ("cam_threshold", "--generate cam", self.generate == "cam"),
+            ("cap", "--generate", self.generate != "none"),
+            ("rotation", "--generate", self.generate != "none"),
+        ):
             if not given and getattr(self, name) != getattr(Args, name):
                 cli.fail(f"{cli.flag(name)} {getattr(self, name)}: is for {what}; add that, or leave it out")
         if self.loss == "cdt" and self.reweight == "cost":
@@ -157,27 +160,11 @@ def class_weights(class_counts, reweight, power=1.0, beta=0.9999):
     return weights * len(counts) / weights.sum()
 
 
-def smoothing(class_counts, high=0.4, low=0.1, shape="concave"):
-    """Label-aware smoothing eps_k [K]: `high` for the largest class, `low` for the smallest."""
+def smoothing(class_counts, high=0.4, low=0.1):
+    """Label-aware smoothing eps_k [K], concave: `high` for the largest class, `low` for the smallest."""
     n = class_counts.double()
     share = (n - n.min()) / (n.max() - n.min()).clamp(min=1)
-    if shape == "concave":
-        share = torch.sin(math.pi / 2 * share)
-    elif shape == "convex":
-        share = 1 - torch.cos(math.pi / 2 * share)
-    return low + (high - low) * share
-
-
-def equalized(logits, labels, class_counts, probability=0.9, tail_share=None):
-    """SEQL: tail classes drop out of each image's sum at random, but for its own. [B, K], drawn per process.
-
-    tail_share: of the images, under which a class is tail, by default half of the mean (code: on CIFAR-10 and
-    CIFAR-100 the same, but 0.006 on CIFAR-100 at imbalance 50).
-    """
-    tail_share = 0.5 / len(class_counts) if tail_share is None else tail_share
-    tail = (class_counts / class_counts.sum() < tail_share).to(logits, non_blocking=True)
-    dropped = torch.rand_like(logits) < probability * tail * (1 - F.one_hot(labels, len(class_counts)))
-    return logits.masked_fill(dropped, -math.inf)
+    return low + (high - low) * torch.sin(math.pi / 2 * share)
 
 
 def image_losses(logits, labels, class_counts, rebalanced, args):
@@ -196,8 +183,6 @@ def image_losses(logits, labels, class_counts, rebalanced, args):
     if args.loss == "ldam":  # SCALE * (cosine - margin) at the label
         margins = 0.5 * (counts.min() / counts).pow(0.25).to(logits, non_blocking=True)
         logits = logits - SCALE * margins * onehot
-    elif args.loss == "seql":
-        logits = equalized(logits, labels, counts)
     elif args.loss == "cdt" and rebalanced:
         logits = logits / (counts.max() / counts).pow(args.power).to(logits, non_blocking=True)
     elif args.loss == "bs" and rebalanced:  # log N cancels in the softmax

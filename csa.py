@@ -3,7 +3,7 @@
 Paper:    J.-X. Shi, T. Wei, Y. Xiang, Y.-F. Li, "How Re-sampling Helps for Long-Tail Learning?",
           NeurIPS 2023, arXiv:2310.18236.
 Method:   1. one network with two heads: head_u learns from images as they are, head_b from batches that draw
-             classes evenly                                                  TwoHeads, class_aware, streams
+             classes evenly                                                               TwoHeads, streams
           2. natural images of which head_u is sure, p(label) >= delta, go into a bank of the last V,
              with a mask M of what is not object in them       harvest, is_fit, background_masks, Bank
           3. every balanced image gets the background of one of them and keeps its label:
@@ -33,7 +33,6 @@ Expected: ResNet-32, imbalance 100 / 50 / 10: cifar100_lt 45.8 / 49.6 / 61.3 all
 Run:      accelerate launch csa.py --dataset cifar100_lt
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -149,21 +148,6 @@ def class_probabilities(class_counts, q):
     return powers / powers.sum()
 
 
-def forever(items, generator):
-    """The items over and over, in a new random order each time round."""
-    while True:
-        for i in torch.randperm(len(items), generator=generator).tolist():
-            yield items[i]
-
-
-def class_aware(size, labels, class_counts, generator, in_a_row=4):
-    """`size` indices: rounds over all classes in random order, of each the next 4 of its shuffled images."""
-    rounds = forever(range(len(class_counts)), generator)
-    images = [forever(of.tolist(), generator) for of in datasets.by_class(labels, class_counts)]
-    classes = itertools.islice(rounds, math.ceil(size / in_a_row))
-    return torch.tensor([next(images[k]) for k in classes for _ in range(in_a_row)][:size])
-
-
 def streams(train_set, args):
     """Samplers of the natural batches and of the balanced ones."""
     labels, counts = train_set.labels, train_set.class_counts
@@ -173,7 +157,7 @@ def streams(train_set, args):
         return natural, datasets.EpochSampler(train_set, args.seed, stream=1, weights=weights)
 
     def order(size, epoch, generator):
-        return class_aware(size, labels, counts, generator)
+        return datasets.class_aware(size, labels, counts, generator)
 
     return natural, datasets.EpochSampler(train_set, args.seed, stream=1, order=order)
 

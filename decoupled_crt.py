@@ -5,7 +5,7 @@ Paper:    B. Kang, S. Xie, M. Rohrbach, Z. Yan, A. Gordo, J. Feng, Y. Kalantidis
 Method:   1. train network and classifier; class j is drawn with p_j ~ n_j^q      Eq. (1), class_probabilities
              or with q from 1 to 0 over the epochs                          Eq. (2), progressive_probabilities
           2. freeze the network and balance the classifier                             Sec. 4, new_classifier
-             cRT: train a new one; LWS: train one scale per class          classes drawn evenly, class_aware
+             cRT: train a new one; LWS: train one scale per class          classes drawn evenly, make_sampler
              tau: divide each class's weights by their norm^tau                              tau_normalized
              NCM: take the class whose mean feature is nearest                                  NearestMean
           --classifier joint is stage 1 alone: cross-entropy or, with --sampling class, re-sampling for the
@@ -30,7 +30,6 @@ Run:      accelerate launch decoupled_crt.py --dataset cifar100_lt --classifier 
 """
 
 import dataclasses
-import itertools
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -173,26 +172,6 @@ def progressive_probabilities(class_counts, epoch, epochs):
     return (1 - share) * class_probabilities(class_counts, 1) + share * class_probabilities(class_counts, 0)
 
 
-def forever(items, generator):
-    """The items over and over, in a new random order each time round."""
-    while True:
-        for i in torch.randperm(len(items), generator=generator).tolist():
-            yield items[i]
-
-
-def next_images(classes, labels, class_counts, generator):
-    """For each of `classes` the next image of that class's own shuffled list, as indices. labels [N]."""
-    lists = [forever(of.tolist(), generator) for of in datasets.by_class(labels, class_counts)]
-    return torch.tensor([next(lists[k]) for k in classes])
-
-
-def class_aware(size, per_class, labels, class_counts, generator):
-    """`size` indices: rounds over all classes in random order, with `per_class` images in a row of each."""
-    rounds = forever(range(len(class_counts)), generator)
-    classes = itertools.chain.from_iterable(itertools.repeat(k, per_class) for k in rounds)
-    return next_images(itertools.islice(classes, size), labels, class_counts, generator)
-
-
 def make_sampler(train_set, stage, args):
     """The sampler of args.sampling. An epoch has N images, with --full-epochs K times the largest class."""
     labels, counts = train_set.labels, train_set.class_counts
@@ -200,10 +179,10 @@ def make_sampler(train_set, stage, args):
 
     def progressive(size, epoch, generator):
         classes = datasets.draw(progressive_probabilities(counts, epoch, args.epochs), size, generator)
-        return next_images(classes.tolist(), labels, counts, generator)
+        return datasets.next_images(classes.tolist(), labels, counts, generator)
 
     def rounds(size, epoch, generator):
-        return class_aware(size, args.samples_per_class, labels, counts, generator)
+        return datasets.class_aware(size, labels, counts, generator, args.samples_per_class)
 
     how = {"size": size}
     if args.sampling == "progressive":

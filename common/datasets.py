@@ -10,6 +10,7 @@ it comes augmented, and that seed alone decides how.
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import struct
@@ -86,6 +87,26 @@ def draw(weights, size, generator):
     cumulative = torch.as_tensor(weights, dtype=torch.float64).cumsum(0)
     draws = torch.rand(size, dtype=torch.float64, generator=generator) * cumulative[-1]
     return torch.searchsorted(cumulative, draws, right=True).clamp(max=len(cumulative) - 1)
+
+
+def forever(items, generator):
+    """The items over and over, in a new random order each time round."""
+    while True:
+        for i in torch.randperm(len(items), generator=generator).tolist():
+            yield items[i]
+
+
+def next_images(classes, labels, class_counts, generator):
+    """For each of `classes` the next image of that class's own shuffled list, as indices. labels [N]."""
+    lists = [forever(of.tolist(), generator) for of in by_class(labels, class_counts)]
+    return torch.tensor([next(lists[k]) for k in classes])
+
+
+def class_aware(size, labels, class_counts, generator, in_a_row=4):
+    """`size` indices: rounds over all classes in random order, of each the next 4 of its shuffled images."""
+    rounds = forever(range(len(class_counts)), generator)
+    classes = itertools.chain.from_iterable(itertools.repeat(k, in_a_row) for k in rounds)
+    return next_images(itertools.islice(classes, size), labels, class_counts, generator)
 
 
 class EpochSampler(Sampler):

@@ -201,43 +201,6 @@ def test_blend():
 # The balanced stream
 
 
-def test_class_aware_order():
-    labels, counts = torch.tensor([0] * 6 + [1] * 3 + [2]), torch.tensor([6, 3, 1])
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        order = csa.class_aware(3 * 6, labels, counts, generator)
-        assert len(order) == 18
-        groups = [labels[group].tolist() for group in order.split(4)]
-        assert all(len(set(group)) == 1 for group in groups)
-        assert sorted(group[0] for group in groups[:3]) == [0, 1, 2]
-        assert len({groups[3][0], groups[4][0]}) == 2 and len(groups[4]) == 2
-        of_class = {group[0]: order[4 * i : 4 * i + 4].tolist() for i, group in enumerate(groups[:3])}
-        assert len(set(of_class[0])) == 4 and of_class[2] == [9] * 4
-        assert sorted(of_class[1][:3]) == [6, 7, 8] and of_class[1][3] in (6, 7, 8)
-
-
-def test_rounds_cover_every_class_and_every_image():
-    counts = torch.tensor([12, 5, 3])
-    labels = torch.arange(3).repeat_interleave(counts)[torch.randperm(20)]  # in any order
-    order = csa.class_aware(4 * 3 * 3, labels, counts, torch.Generator().manual_seed(0))
-    for round_of in labels[order].view(3, 3, 4):
-        assert sorted(round_of[:, 0].tolist()) == [0, 1, 2]
-    of_the_first = order[labels[order] == 0]
-    assert sorted(of_the_first.tolist()) == (labels == 0).nonzero().flatten().tolist()
-
-
-def test_every_pass_has_an_order_of_its_own():
-    """Of the classes and of the images of a class, in the first pass, too."""
-    counts = torch.tensor([8] * 6)
-    labels = torch.arange(6).repeat_interleave(counts)
-    order = csa.class_aware(4 * 6 * 8, labels, counts, torch.Generator().manual_seed(0))
-    rounds = labels[order].view(8, 6, 4)[..., 0].tolist()
-    assert len({tuple(classes) for classes in rounds}) > 4 and rounds[0] != sorted(rounds[0])
-    passes = order[labels[order] == 0].view(4, 8).tolist()  # two rounds have all 8 images
-    assert all(sorted(images) == list(range(8)) for images in passes)
-    assert len({tuple(images) for images in passes}) == 4 and passes[0] != sorted(passes[0])
-
-
 def test_probabilities_by_q():
     counts = torch.tensor([500, 50, 5])
     for q, expected in (

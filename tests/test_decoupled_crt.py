@@ -111,29 +111,6 @@ def test_instance_balanced_is_a_permutation():
     assert drawn.sort().values.equal(torch.arange(111).expand(2, -1)) and not drawn[0].equal(drawn[1])
 
 
-def test_class_aware_order():
-    """Blocks of 4 of one class, every class once a round; the class of one image repeats it."""
-    train_set = Labels([5, 3, 1])
-    generator = torch.Generator().manual_seed(0)
-    drawn = decoupled_crt.class_aware(1200, 4, train_set.labels, train_set.class_counts, generator)
-    blocks = train_set.labels[drawn].view(-1, 4)
-    assert blocks.eq(blocks[:, :1]).all()
-    for of_round in blocks[:, 0].view(-1, 3):
-        assert of_round.sort().values.tolist() == [0, 1, 2]
-    assert len({tuple(r) for r in blocks[:, 0].view(-1, 3).tolist()}) == 6  # in all orders
-    assert drawn[:12][train_set.labels[drawn[:12]] == 2].tolist() == [8] * 4
-    assert train_set.labels[drawn].bincount().tolist() == [400] * 3
-    of_class_1 = drawn[train_set.labels[drawn] == 1]
-    for again in of_class_1[:399].view(-1, 3):  # its list, shuffled again each time round
-        assert again.sort().values.tolist() == [5, 6, 7]
-
-
-def test_class_aware_without_whole_rounds():
-    train_set = Labels([5, 3, 1])
-    drawn = decoupled_crt.class_aware(18, 4, train_set.labels, train_set.class_counts, torch.Generator())
-    assert len(drawn) == 18 and train_set.labels[drawn[16:]].unique().numel() == 1
-
-
 def test_full_epochs():
     train_set = Labels([100, 10, 1])
     assert len(decoupled_crt.make_sampler(train_set, 1, Args(sampling="class", full_epochs=True))) == 300

@@ -40,6 +40,7 @@ METHOD = {
     "cmo.py": dict(mix_start=-1, mix_end=0, p_mix=0.7, drw=True, drw_epoch=1, loss="bs"),
     "csa.py": dict(start_aug=1, delta=0.0),
     "decoupled_crt.py": dict(sampling="square-root", stage2_epochs=1, stage2_lr=0.02),
+    "equalization_loss.py": dict(loss="softmax_eql"),
     "meta_weights.py": dict(pretrain_epochs=1, dev_per_class=5, freeze_backbone=False, dev_batch_size=30),
 }
 # Options that take away what each process does on its own share of a batch, or what amplifies rounding.
@@ -47,6 +48,7 @@ ALIKE = {
     "bag_of_tricks.py": dict(mixup="none", reweight="cost"),  # partners come from a process's own share
     "balanced_meta_softmax.py": dict(lr=0.005),  # its cosine keeps the rate up for long
     "csa.py": dict(lam_max=0.0),  # blends contexts of its own bank
+    "equalization_loss.py": dict(epochs=1, lr_steps=(), lr=0.002),  # its gradients come back as a prior
 }
 
 # What is the same in every script, and long, is tested with one; with the others by `make test-slow`.

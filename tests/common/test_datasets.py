@@ -653,3 +653,68 @@ def test_another_list(tmp_path, jpeg_lists, capsys):
     lacking = Args(**{**jpeg_lists, "test_list": "nowhere.txt"})
     line = refusal(lambda: datasets.load_list(lacking, "test_list"), capsys)
     assert line.startswith("--test-list nowhere.txt: no such list file, nor in --data-dir ")
+
+
+# Class-aware order
+
+
+def test_class_aware_order():
+    labels, counts = torch.tensor([0] * 6 + [1] * 3 + [2]), torch.tensor([6, 3, 1])
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        order = datasets.class_aware(3 * 6, labels, counts, generator)
+        assert len(order) == 18
+        groups = [labels[group].tolist() for group in order.split(4)]
+        assert all(len(set(group)) == 1 for group in groups)
+        assert sorted(group[0] for group in groups[:3]) == [0, 1, 2]
+        assert len({groups[3][0], groups[4][0]}) == 2 and len(groups[4]) == 2
+        of_class = {group[0]: order[4 * i : 4 * i + 4].tolist() for i, group in enumerate(groups[:3])}
+        assert len(set(of_class[0])) == 4 and of_class[2] == [9] * 4
+        assert sorted(of_class[1][:3]) == [6, 7, 8] and of_class[1][3] in (6, 7, 8)
+
+
+def test_rounds_cover_every_class_and_every_image():
+    counts = torch.tensor([12, 5, 3])
+    labels = torch.arange(3).repeat_interleave(counts)[torch.randperm(20)]  # in any order
+    order = datasets.class_aware(4 * 3 * 3, labels, counts, torch.Generator().manual_seed(0))
+    for round_of in labels[order].view(3, 3, 4):
+        assert sorted(round_of[:, 0].tolist()) == [0, 1, 2]
+    of_the_first = order[labels[order] == 0]
+    assert sorted(of_the_first.tolist()) == (labels == 0).nonzero().flatten().tolist()
+
+
+def test_every_pass_has_an_order_of_its_own():
+    """Of the classes and of the images of a class, in the first pass, too."""
+    counts = torch.tensor([8] * 6)
+    labels = torch.arange(6).repeat_interleave(counts)
+    order = datasets.class_aware(4 * 6 * 8, labels, counts, torch.Generator().manual_seed(0))
+    rounds = labels[order].view(8, 6, 4)[..., 0].tolist()
+    assert len({tuple(classes) for classes in rounds}) > 4 and rounds[0] != sorted(rounds[0])
+    passes = order[labels[order] == 0].view(4, 8).tolist()  # two rounds have all 8 images
+    assert all(sorted(images) == list(range(8)) for images in passes)
+    assert len({tuple(images) for images in passes}) == 4 and passes[0] != sorted(passes[0])
+
+
+def test_class_aware_blocks():
+    """Blocks of 4 of one class, every class once a round; the class of one image repeats it."""
+    counts = torch.tensor([5, 3, 1])
+    labels = torch.arange(3).repeat_interleave(counts)
+    generator = torch.Generator().manual_seed(0)
+    drawn = datasets.class_aware(1200, labels, counts, generator, 4)
+    blocks = labels[drawn].view(-1, 4)
+    assert blocks.eq(blocks[:, :1]).all()
+    for of_round in blocks[:, 0].view(-1, 3):
+        assert of_round.sort().values.tolist() == [0, 1, 2]
+    assert len({tuple(r) for r in blocks[:, 0].view(-1, 3).tolist()}) == 6  # in all orders
+    assert drawn[:12][labels[drawn[:12]] == 2].tolist() == [8] * 4
+    assert labels[drawn].bincount().tolist() == [400] * 3
+    of_class_1 = drawn[labels[drawn] == 1]
+    for again in of_class_1[:399].view(-1, 3):  # its list, shuffled again each time round
+        assert again.sort().values.tolist() == [5, 6, 7]
+
+
+def test_class_aware_without_whole_rounds():
+    counts = torch.tensor([5, 3, 1])
+    labels = torch.arange(3).repeat_interleave(counts)
+    drawn = datasets.class_aware(18, labels, counts, torch.Generator(), 4)
+    assert len(drawn) == 18 and labels[drawn[16:]].unique().numel() == 1
