@@ -80,8 +80,18 @@ class Args:
     color_jitter: float = option(
         0.0, "strength of the colour jitter of training images read from files", least=0
     )
+    rand_augment: bool = option(False, "RandAugment on training images read from files")
+    random_rotation: int = option(
+        0, "largest rotation in degrees of training images kept in memory", least=0, most=180
+    )
     auto_augment: bool = option(False, "AutoAugment's CIFAR-10 policy on training images kept in memory")
     cutout: int = option(0, "side of a black square in training images kept in memory; 0: none", least=0)
+    contrastive: float = option(
+        0.0,
+        "probability of a training image to be augmented as in contrastive learning instead",
+        least=0,
+        most=1,
+    )
     num_workers: int = option(2, "loader processes per training process, for images read from files", least=0)
     many_over: int = option(100, "many-shot classes have more training images than this", least=1)
     few_under: int = option(20, "few-shot classes have fewer training images than this", least=1)

@@ -259,10 +259,11 @@ def hold_out(dataset, per_class, seed=0):
 class ImagesInMemory(LabelledImages):
     """uint8 images [N, C, H, W] on `device`; augmented by a crop after zero `padding` and a flip.
 
-    Where they are set, AutoAugment and one hole of `cutout` pixels a side follow.
+    Where they are set, a rotation of up to `random_rotation` degrees, AutoAugment and one hole of `cutout`
+    pixels a side follow. With probability `contrastive` a contrastive view takes the place of all that.
     """
 
-    workers, auto_augment, cutout = 0, False, 0
+    workers, random_rotation, auto_augment, cutout, contrastive = 0, 0, False, 0, 0.0
     per_image = "labels", "device_labels", "padded"
 
     def __init__(self, images, labels, *facts, padding=0, flip=False, device="cpu"):
@@ -294,24 +295,42 @@ class ImagesInMemory(LabelledImages):
             if self.flip:
                 flipped = (seeds // side**2 % 2 == 1).view(-1, 1, 1, 1)
                 images = torch.where(flipped, images.flip(-1), images)
+            if self.random_rotation:
+                images = augment.rotate(images, seeds, self.random_rotation)
             if self.auto_augment:
                 images = augment.auto_augment(images, items[:, 1] // used)
             if self.cutout:
                 images = augment.cutout(images, seeds // (used * augment.AUTO_AUGMENT_RANGE), self.cutout)
+            if self.contrastive:
+                plain = self.crops[indices, self.padding, self.padding]
+                images = augment.contrastive(plain, images, seeds, self.contrastive)
         return images.float().sub_(self.mean).div_(self.std), self.device_labels[indices]
 
 
 class ImageFiles(LabelledImages):
-    """Images decoded from files; augmented by a random resized crop, a flip and maybe colour jitter."""
+    """Images decoded from files; augmented by a random resized crop, a flip, maybe jitter and RandAugment.
+
+    With probability `contrastive` a contrastive view takes the place of all that.
+    """
 
     per_image = "labels", "paths"
 
-    def __init__(self, root, paths, labels, *facts, color_jitter=0.0, workers=2):
+    def __init__(
+        self, root, paths, labels, *facts, color_jitter=0.0, rand_augment=False, contrastive=0.0, workers=2
+    ):
         super().__init__(labels, *facts)
         self.root, self.workers, size = root, workers, self.shape[-1]
         self.paths = np.array([os.fsencode(path) for path in paths])  # one block: workers do not copy it
-        jitter = [v2.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
-        self.augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *jitter])
+        crop, flip, jitter, more = v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), [], []
+        if color_jitter:
+            jitter = [v2.ColorJitter(color_jitter, color_jitter, color_jitter)]
+        if rand_augment:
+            more = augment.rand_augment(fill=self.mean.flatten().round().int().tolist())
+        self.augment = v2.Compose([crop, flip, *jitter, *more])
+        if contrastive:  # as CMO's code (PaCo's) has it for ImageNet-LT
+            blur = v2.RandomApply([v2.Lambda(augment.pil_blur)], 0.5)
+            view = [crop, *(jitter or [v2.ColorJitter(0.4, 0.4, 0.4)]), v2.RandomGrayscale(0.2), blur, flip]
+            self.augment = v2.RandomChoice([v2.Compose(view), self.augment], [contrastive, 1 - contrastive])
         self.centre = v2.Compose([v2.Resize(round(size / 0.875)), v2.CenterCrop(size)])
 
     def stored(self, batches, labels, folder):
@@ -453,9 +472,14 @@ def read(args):
     if (args.many_classes or 0) + (args.few_classes or 0) > train.num_classes:
         many, few = f"--many-classes {args.many_classes}", f"--few-classes {args.few_classes}"
         cli.fail(f"{many}, {few}: there are only {train.num_classes} classes; lower them")
-    for name in ("auto_augment", "cutout"):
-        if getattr(args, name) and (not isinstance(train, ImagesInMemory) or train.shape[0] != 3):
-            cli.fail(f"{cli.flag(name)}: is for RGB images of up to {IN_MEMORY_SIZE} pixels; leave it out")
+    small, large = f" of up to {IN_MEMORY_SIZE} pixels", f" of more than {IN_MEMORY_SIZE} pixels"
+    ours = small if isinstance(train, ImagesInMemory) else large
+    kinds = dict(
+        random_rotation=small, auto_augment=small, cutout=small, rand_augment=large, contrastive=ours
+    )
+    for name, kind in kinds.items():
+        if getattr(args, name) and (kind != ours or train.shape[0] != 3):
+            cli.fail(f"{cli.flag(name)}: is for RGB images{kind}; leave it out")
         for part in (train, test):  # nothing is augmented without a seed
             setattr(part, name, getattr(args, name))
     return train, test
@@ -551,7 +575,8 @@ def load_files(args):
         parts = (read_all(root, paths, size), labels), (read_all(root, test_paths, size), test_labels)
         return in_memory(*parts, names, statistics, padding=size // 8, flip=True)
     facts = np.bincount(labels), names, (3, size, size), *statistics
-    options = dict(color_jitter=args.color_jitter, workers=args.num_workers)
+    augmentation = "color_jitter", "rand_augment", "contrastive"
+    options = {name: getattr(args, name) for name in augmentation} | dict(workers=args.num_workers)
     parts = (paths, labels), (test_paths, test_labels)
     return tuple(ImageFiles(root, *part, *facts, **options) for part in parts)
 

@@ -3,9 +3,11 @@
 from collections import Counter
 from math import prod
 
+import numpy as np
 import pytest
 import torch
-from torchvision.transforms import InterpolationMode
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 
 from common import augment
@@ -176,3 +178,250 @@ def test_cutout_of_a_batch(layout):
     assert torch.equal(images, before[0]) and torch.equal(seeds, before[1])
     assert batch.dtype == torch.uint8 and batch.is_contiguous(memory_format=layout)
     assert torch.equal(augment.cutout(images, seeds, 0), images)
+
+
+# Uniform numbers
+
+
+def test_uniforms_are_those_of_splitmix64():
+    def splitmix64(state, n):  # with Python's integers
+        found = []
+        for _ in range(n):
+            state = (state + 0x9E3779B97F4A7C15) % 2**64
+            z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+            found.append(z ^ z >> 31)
+        return found
+
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert splitmix64(1234567, 4) == published
+    seeds = [0, 1, 1234567, 2**40 + 3, 2**62 - 1, *draw_seeds(50).tolist()]
+    expected = torch.tensor([[(z >> 40) / 2**24 for z in splitmix64(seed, 6)] for seed in seeds])
+    found = augment.uniforms(torch.tensor(seeds), 6)
+    assert found.dtype == torch.float32 and found.equal(expected)
+    assert augment.uniforms(torch.tensor(seeds), 2).equal(expected[:, :2])
+
+
+@pytest.mark.parametrize("seeds", [draw_seeds(40_000), torch.arange(40_000)], ids=["drawn", "in a row"])
+def test_uniforms_are_uniform_and_independent(seeds):
+    """Means, variances and correlations within 5 sigma, with each other, the digits and the next seed's."""
+    n, columns = len(seeds), 37
+    draws = augment.uniforms(seeds, columns).double()
+    assert 0 <= draws.min() < 1e-4 and 1 - 1e-4 < draws.max() < 1
+    assert (draws.mean(0) - 1 / 2).abs().max() < 5 * (1 / 12 / n) ** 0.5
+    assert (draws.var(0) - 1 / 12).abs().max() < 5 * (1 / 180 / n) ** 0.5
+    for column in draws.T:
+        assert (torch.histc(column, 16, 0, 1) - n / 16).abs().max() < 5 * (n / 16) ** 0.5
+    others = torch.stack(augment.digits(seeds, 9, 9, 2, *augment.AUTO_AUGMENT_BASES)).double()
+    others = others[others.std(1) > 0]  # small seeds have few digits
+    correlations = torch.corrcoef(torch.cat([draws.T, draws.roll(1, 0).T, others]))[:columns]
+    correlations[:, :columns].fill_diagonal_(0)
+    assert correlations.abs().max() < 5 / n**0.5
+    assert len(draws.unique(dim=0)) == n
+
+
+# The operations of a contrastive view, each on a batch with numbers of its own
+
+
+def fourth(values):
+    return values.view(-1, 1, 1, 1)
+
+
+def noise(count):
+    return torch.randint(256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+
+
+PICTURES = torch.cat([photos(16), noise(16)])
+
+
+def expect(batch, operation, *numbers, levels=1, share=0.001):
+    """`batch` is torchvision's operation on each picture, but for some pixels that differ by a few levels."""
+    numbers = [values.tolist() for values in numbers]
+    expected = [operation(image, *of) for image, *of in zip(PICTURES, *numbers, strict=True)]
+    apart = (batch.float() - torch.stack(expected).float()).abs()
+    assert apart.max() <= levels and (apart > 0).float().mean() <= share
+
+
+def test_colours_are_torchvisions():
+    images, factors = PICTURES.float(), torch.linspace(0.6, 1.4, 32)
+    grey = augment.greys(images)
+    expect(grey.expand(-1, 3, -1, -1), lambda image: v2.functional.rgb_to_grayscale(image, 3))
+    expect(augment.blend(images, 0, fourth(factors)), v2.functional.adjust_brightness, factors)
+    mean = grey.mean((1, 2, 3), keepdim=True)
+    expect(augment.blend(images, mean, fourth(factors)), v2.functional.adjust_contrast, factors)
+    expect(augment.blend(images, grey, fourth(factors)), v2.functional.adjust_saturation, factors)
+    for turns in (torch.linspace(-0.5, 0.5, 32), torch.linspace(-0.1, 0.1, 32)):
+        expect(augment.turn_hue(images, fourth(turns)), v2.functional.adjust_hue, turns)
+    assert augment.turn_hue(images, torch.zeros(32, 1, 1, 1)).equal(images)
+
+
+def jittered(image, factors, order):
+    """By v2.ColorJitter with these numbers."""
+    names = "brightness_factor", "contrast_factor", "saturation_factor", "hue_factor"
+    numbers = dict(zip(names, factors, strict=True), fn_idx=order)
+    return v2.ColorJitter(0.4, 0.4, 0.4, 0.1).transform(image, numbers)
+
+
+def jitter_numbers(draws):
+    return torch.cat([0.6 + 0.8 * draws[:, :3], 0.2 * draws[:, 3:4] - 0.1], 1), draws[:, 4:].argsort(1)
+
+
+def test_jitter_is_torchvisions_in_its_order():
+    """A level apart may grow in the operations after it."""
+    draws = augment.uniforms(draw_seeds(32), 8)
+    factors, orders = jitter_numbers(draws)
+    assert len(orders.unique(dim=0)) > 12
+    expect(augment.color_jitter(PICTURES.float(), draws), jittered, factors, orders, levels=3, share=0.01)
+
+
+def test_orders_of_the_jitter_are_uniform():
+    n = 48_000
+    orders = augment.uniforms(draw_seeds(n), 8)[:, 4:].argsort(1)
+    _, counts = (orders @ torch.tensor([64, 16, 4, 1])).unique(return_counts=True)
+    assert len(counts) == 24 and (counts - n / 24).abs().max() < 4.5 * (n / 24) ** 0.5
+
+
+def test_blur_is_torchvisions():
+    sigmas = torch.linspace(0.1, 2, 32)
+    blurred = augment.gaussian_blur(PICTURES.float(), sigmas)
+    expect(blurred, lambda image, sigma: v2.functional.gaussian_blur(image, 9, sigma), sigmas)
+
+
+def test_crops_are_torchvisions():
+    boxes = augment.crop_boxes(augment.uniforms(draw_seeds(32), 22), 32, 32)
+    for i, box in enumerate([(0, 0, 32, 32), (0, 31, 32, 1), (5, 7, 1, 9)]):  # all, one column, one row
+        for values, value in zip(boxes, box, strict=True):
+            values[i] = value
+
+    def crop(image, *box):
+        return v2.functional.resized_crop(image, *map(int, box), [32, 32], antialias=False)
+
+    resized = augment.resized_crop(PICTURES.float(), *boxes)
+    expect(resized, crop, *boxes, share=0.25)  # torchvision's weights for uint8 are of 8 bits or so
+    assert resized[0].equal(PICTURES[0].float())
+
+
+def test_boxes_are_as_torchvision_draws_them():
+    """Means and spreads of 20,000 boxes, against 4,000 of torchvision's own, in 24 x 24."""
+    top, left, height, width = augment.crop_boxes(augment.uniforms(draw_seeds(20_000), 22), 24, 24)
+    assert (top.min(), left.min(), (top + height).max(), (left + width).max()) == (0, 0, 24, 24)
+    torch.manual_seed(0)
+    crop, image = v2.RandomResizedCrop(24, (0.2, 1)), torch.zeros(3, 24, 24)
+    drawn = [crop.make_params([image]) for _ in range(4000)]
+    for name, values in dict(top=top, left=left, height=height, width=width, area=height * width).items():
+        theirs = [one["height"] * one["width"] if name == "area" else one[name] for one in drawn]
+        theirs = torch.tensor(theirs, dtype=torch.float64)
+        assert abs(values.mean() - theirs.mean()) < 5 * theirs.std() / 4000**0.5, name
+        assert abs(values.std() / theirs.std() - 1) < 0.08, name
+    whole = augment.crop_boxes(torch.ones(1, 22) - 2**-24, 24, 24)  # ten times too wide
+    assert [value.item() for value in whole] == [0, 0, 24, 24]
+
+
+def test_rotation_is_torchvisions():
+    seeds = draw_seeds(32)
+    angles = 15 * (2 * augment.uniforms(seeds, 1)[:, 0] - 1)
+    expect(augment.rotate(PICTURES, seeds, 15), v2.functional.rotate, angles, levels=255)
+    assert augment.rotate(PICTURES, seeds, 0).equal(PICTURES)
+
+
+def view(images, seeds, share=1.0):
+    return augment.contrastive(images, images, seeds, share)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_view_of_a_batch(layout):
+    images, seeds = PICTURES.contiguous(memory_format=layout), draw_seeds(32)
+    before = images.clone(), seeds.clone()
+    for function in (lambda *batch: augment.rotate(*batch, 15), view, lambda *batch: view(*batch, 0.5)):
+        batch = function(images, seeds)
+        alone = [function(images[i : i + 1], seeds[i : i + 1]) for i in range(32)]
+        assert batch.equal(torch.cat(alone)) and batch.equal(function(images.flip(0), seeds.flip(0)).flip(0))
+        assert not batch.equal(function(images, draw_seeds(32, seed=1)))
+        assert batch.shape == images.shape and batch.dtype == torch.uint8
+        assert images.equal(before[0]) and seeds.equal(before[1])
+        if function is view:
+            assert batch.is_contiguous(memory_format=layout)
+    assert augment.rotate(images, seeds, 15).is_contiguous(memory_format=torch.channels_last)
+    assert view(images[:0], seeds[:0]).shape == (0, 3, 32, 32)
+
+
+def test_a_view_is_torchvisions_operations_each_with_numbers_of_its_own():
+    images, seeds = photos(64), draw_seeds(64)
+    draws = augment.uniforms(seeds, 37)
+    flips, jitters, greys, blurs = (draws[:, 2:6] < torch.tensor([0.5, 0.8, 0.2, 0.5])).T.tolist()
+    boxes, (factors, orders) = augment.crop_boxes(draws[:, 6:28], 32, 32), jitter_numbers(draws[:, 28:36])
+    expected = []
+    for i, image in enumerate(images):
+        box = [int(values[i]) for values in boxes]
+        image = v2.functional.resized_crop(image, *box, [32, 32], antialias=False)
+        image = image.flip(-1) if flips[i] else image
+        image = jittered(image, factors[i].tolist(), orders[i].tolist()) if jitters[i] else image
+        image = v2.functional.rgb_to_grayscale(image, 3) if greys[i] else image
+        sigma = 0.1 + 1.9 * draws[i, 36].item()
+        expected.append(v2.functional.gaussian_blur(image, 9, sigma) if blurs[i] else image)
+    apart = (view(images, seeds).float() - torch.stack(expected).float()).abs()
+    assert apart.mean() < 0.5 and apart.flatten(1).mean(1).max() < 2
+
+
+def test_share_of_the_views():
+    """0: none, 1: all; in between the same views, as often as asked for, whatever way the others went."""
+    n = 6000
+    usual, images, seeds = torch.zeros(n, 3, 8, 8, dtype=torch.uint8), white(n, 8, 8), draw_seeds(n)
+    assert augment.contrastive(images, usual, seeds, 0.0).equal(usual)
+    every = augment.contrastive(images, usual, seeds, 1.0)
+    assert every.flatten(1).amax(1).min() > 100
+    some = augment.contrastive(images, usual, seeds, 0.3)
+    chosen = some.flatten(1).bool().any(1)
+    assert chosen.equal(augment.uniforms(seeds, 2)[:, 1] < 0.3)  # column 0 is the rotation's
+    assert abs(chosen.sum() - 0.3 * n) < 4 * (n * 0.3 * 0.7) ** 0.5
+    assert some[chosen].equal(every[chosen])
+
+
+def test_chances_of_a_view(monkeypatch):
+    """Flip, jitter, grey and blur as often as published, and each pair independently."""
+    n = 4000
+    monkeypatch.setattr(augment, "resized_crop", lambda images, *_: images)
+    monkeypatch.setattr(
+        augment, "color_jitter", lambda images, _: images + torch.tensor([[[8]], [[0]], [[0]]])
+    )
+    monkeypatch.setattr(augment, "greys", lambda images: images + torch.tensor([[[0]], [[8]], [[0]]]))
+    monkeypatch.setattr(
+        augment, "gaussian_blur", lambda images, _: images + torch.tensor([[[0]], [[0]], [[8]]])
+    )
+    images = torch.arange(4).expand(n, 3, 4, 4).to(torch.uint8)
+    found = view(images, draw_seeds(n)).long()
+    done = torch.stack([found[:, 0, 0, 0] % 8 == 3, *(found[:, :, 0, 0] >= 8).T]).double()
+    chances = torch.tensor([0.5, 0.8, 0.2, 0.5], dtype=torch.float64)
+    assert ((done.mean(1) - chances).abs() < 4 * (chances * (1 - chances) / n) ** 0.5).all()
+    assert (torch.corrcoef(done) - torch.eye(4)).abs().max() < 4 / n**0.5
+
+
+# One PIL image
+
+
+def test_blur_of_a_file_is_within_its_bounds(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(augment.ImageFilter, "GaussianBlur", lambda radius: drawn.append(radius) or None)
+    monkeypatch.setattr(Image.Image, "filter", lambda image, _: image)
+    torch.manual_seed(0)
+    for _ in range(300):
+        augment.pil_blur(Image.new("RGB", (2, 2)))
+    assert 0.1 <= min(drawn) < 0.13 and 1.97 < max(drawn) <= 2
+
+
+def test_rand_augment_is_at_the_end_of_the_ranges():
+    """As timm's level 10: rotation by 30 degrees, shear 0.3, 4 bits; two operations, each in half of all."""
+    transforms = augment.rand_augment([124, 116, 104])
+    assert [(type(one), one.p) for one in transforms] == [(v2.RandomApply, 0.5)] * 2
+    for one in transforms:
+        (operation,) = one.transforms
+        space = {name: make(31, 224, 224) for name, (make, _) in operation._AUGMENTATION_SPACE.items()}
+        level = operation.magnitude
+        assert operation.num_ops == 1 and operation.num_magnitude_bins == 31
+        assert (space["Rotate"][level], space["Posterize"][level]) == (30, 4)
+        assert space["ShearX"][level] == pytest.approx(0.3) and space["Color"][level] == pytest.approx(0.9)
+        assert space["TranslateX"][level] == pytest.approx(0.45 * 224, rel=0.01)
+    torch.manual_seed(0)
+    image = Image.fromarray(np.full((32, 32, 3), 200, dtype=np.uint8))
+    corners = {v2.Compose(transforms)(image).getpixel((0, 0)) for _ in range(200)}
+    assert (124, 116, 104) in corners  # the colour that moves in

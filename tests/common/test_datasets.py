@@ -1,5 +1,6 @@
 """common.datasets: subsets to the image, samplers as laws and as functions of the seed, both ways through."""
 
+import hashlib
 import json
 import os
 
@@ -9,9 +10,10 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-from common import datasets
-from common.cli import Args
+from common import augment, datasets
+from common.cli import Args, flag
 from tests.conftest import refusal
 
 CIFAR10_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -31,6 +33,7 @@ CIFAR100_10 = """
 142 139 135 132 129 126 123 121 118 115 112 110 107 105 102 100 98 95 93 91 89 87 85 83 81 79 77 75 74 72 70
 69 67 66 64 63 61 60 58 57 56 54 53 52 51 50"""
 MNIST_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+RECORDED = "b5a095d3d333334d8085354a20e7a12465b351855c6725d9f5147bc01f7fe9e7"  # of crops and flips
 
 
 # Subsets
@@ -636,12 +639,106 @@ def test_augmentation_of_images_in_memory():
     assert train.__getitems__([0])[0].equal(plain)  # nothing without a seed
 
 
-@pytest.mark.parametrize("options", [dict(auto_augment=True), dict(cutout=8)])
+def test_images_without_the_new_options_are_those_of_the_recorded_runs():
+    """Crop and flip by their hash, AutoAugment and hole by the digits that are theirs."""
+    _, data, _ = in_memory()
+    seeds = torch.randint(2**62, (500,), generator=torch.Generator().manual_seed(0))
+    items = torch.stack([torch.arange(500) % 4, seeds], 1)
+    images = data.pixels(data.__getitems__(items)[0])
+    assert hashlib.sha256(images.numpy().tobytes()).hexdigest() == RECORDED
+    train, _ = datasets.load(Args(batch_size=8))
+    items[:, 0] = torch.arange(500)
+    images = train.pixels(train.__getitems__(items)[0])
+    train.auto_augment, train.cutout = True, 8
+    expected = augment.cutout(augment.auto_augment(images, seeds // 50), seeds // 500_000, 8)
+    assert train.pixels(train.__getitems__(items)[0]).equal(expected)
+
+
+def test_files_without_the_new_options_are_those_of_the_recorded_runs(jpegs):
+    train, _ = datasets.load(Args(**jpegs))
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4)
+    usual = v2.Compose([v2.RandomResizedCrop(72), v2.RandomHorizontalFlip(), jitter])
+    images = train.__getitems__([(5, seed) for seed in range(8)]).images
+    for seed, image in enumerate(images):
+        torch.manual_seed(seed)
+        expected = usual(datasets.read_image(os.path.join(train.root, os.fsdecode(train.paths[5]))))
+        assert image.equal(v2.functional.pil_to_tensor(expected))
+
+
+def test_rotation_and_contrastive_views_in_memory():
+    """The rotation follows crop and flip; a view is of the whole image and takes the place of all else."""
+    train, _ = datasets.load(Args(batch_size=8))
+    seeds = torch.randint(2**62, (400,), generator=torch.Generator().manual_seed(0))
+    items = torch.stack([torch.arange(400), seeds], 1)
+    plain, usual = (train.pixels(train.__getitems__(of)[0]) for of in (items[:, 0], items))
+    train.random_rotation = 15
+    turned = train.pixels(train.__getitems__(items)[0])
+    assert turned.equal(augment.rotate(usual, seeds, 15)) and not turned.equal(usual)
+    train.auto_augment, train.cutout = True, 8
+    usual = train.pixels(train.__getitems__(items)[0])
+    assert usual.equal(augment.cutout(augment.auto_augment(turned, seeds // 50), seeds // 500_000, 8))
+    train.contrastive = 0.5
+    found, labels = train.__getitems__(items)
+    views = augment.contrastive(plain, usual, seeds, 1.0)
+    here, there = (train.pixels(found).flatten(1).eq(of.flatten(1)).all(1) for of in (views, usual))
+    assert (here | there).all() and 160 < here.sum() < 240 and not (here & there).any()
+    for i in (3, 77):  # whatever the batch
+        alone, label = train.__getitems__([tuple(items[i].tolist())])
+        assert alone.equal(found[i : i + 1]) and label == labels[i]
+    assert train.pixels(train.__getitems__(items[:, 0])[0]).equal(plain)  # nothing without a seed
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_contrastive_views_from_files(jpegs):
+    """The same whatever the number of workers; jittered by --color-jitter or 0.4; the share is as asked."""
+    found = []
+    for workers in (0, 2):
+        args = Args(**jpegs, contrastive=0.5, rand_augment=True, num_workers=workers)
+        train, test = datasets.load(args)
+        found.append(batches(train, datasets.EpochSampler(train, 0), batch_size=16))
+    for (one, labels), (other, same) in zip(*found, strict=True):
+        assert one.equal(other) and labels.equal(same)
+    assert train.augment.p == [0.5, 0.5]
+    views, usual = (branch.transforms for branch in train.augment.transforms)
+    names = "RandomResizedCrop ColorJitter RandomGrayscale RandomApply RandomHorizontalFlip"
+    assert [type(one).__name__ for one in views] == names.split()
+    names = "RandomResizedCrop RandomHorizontalFlip ColorJitter RandomApply RandomApply"
+    assert [type(one).__name__ for one in usual] == names.split()
+    assert (views[2].p, views[3].p) == (0.2, 0.5)
+    assert usual[-1].transforms[0].fill == [124, 116, 104]  # the mean colour
+    for strength, of_views, of_usual in ((0.2, (0.8, 1.2), 3), (0.0, (0.6, 1.4), 2)):
+        train, _ = datasets.load(Args(**{**jpegs, "color_jitter": strength}, contrastive=1.0))
+        views, usual = (branch.transforms for branch in train.augment.transforms)
+        assert views[1].brightness == views[1].contrast == views[1].saturation == pytest.approx(of_views)
+        assert views[1].hue is None and len(usual) == of_usual
+        train.augment.transforms[1] = None  # never taken
+        assert train.__getitems__([(5, seed) for seed in range(20)]).images.shape == (20, 3, 72, 72)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(auto_augment=True), dict(cutout=8), dict(random_rotation=15)],
+    ids=lambda o: next(iter(o)),
+)
 def test_augmentation_of_files_is_refused(jpegs, capsys, options):
-    with pytest.raises(SystemExit):
-        datasets.load(Args(**jpegs, **options))
-    name = "--cutout" if "cutout" in options else "--auto-augment"
-    assert capsys.readouterr().err == f"{name}: is for RGB images of up to 64 pixels; leave it out\n"
+    (name,) = options
+    line = refusal(lambda: datasets.load(Args(**jpegs, **options)), capsys)
+    assert line == f"{flag(name)}: is for RGB images of up to 64 pixels; leave it out"
+
+
+def test_augmentation_in_memory_is_refused(capsys):
+    line = refusal(lambda: datasets.load(Args(rand_augment=True)), capsys)
+    assert line == "--rand-augment: is for RGB images of more than 64 pixels; leave it out"
+
+
+@pytest.mark.parametrize("options", [dict(contrastive=0.5), dict(random_rotation=15), dict(cutout=4)])
+def test_augmentation_of_grey_images_is_refused(monkeypatch, capsys, options):
+    facts = np.array([1, 1]), ["a", "b"], (1, 8, 8), (0.5,), (0.2,)
+    grey = datasets.ImagesInMemory(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 1], *facts)
+    monkeypatch.setattr(datasets, "load_torchvision", lambda args: (grey, grey))
+    line = refusal(lambda: datasets.load(Args(dataset="mnist_lt", batch_size=1, **options)), capsys)
+    (name,) = options
+    assert line == f"{flag(name)}: is for RGB images of up to 64 pixels; leave it out"
 
 
 def test_another_list(tmp_path, jpeg_lists, capsys):
