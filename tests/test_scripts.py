@@ -37,6 +37,7 @@ METHOD = {
     ),
     "balanced_meta_softmax.py": dict(lr_steps=(), stage2_epochs=2, stage2_lr=0.02, meta_batch_size=40),
     "bbn.py": dict(),
+    "class_rectification.py": dict(crl_epoch=1, level="instance", kappa=5),
     "cmo.py": dict(mix_start=-1, mix_end=0, p_mix=0.7, drw=True, drw_epoch=1, loss="bs"),
     "csa.py": dict(start_aug=1, delta=0.0),
     "decoupled_crt.py": dict(sampling="square-root", stage2_epochs=1, stage2_lr=0.02),
@@ -47,6 +48,7 @@ METHOD = {
 ALIKE = {
     "bag_of_tricks.py": dict(mixup="none", reweight="cost"),  # partners come from a process's own share
     "balanced_meta_softmax.py": dict(lr=0.005),  # its cosine keeps the rate up for long
+    "class_rectification.py": dict(lr=0.005),  # the directions of 2-dimensional features turn fast
     "csa.py": dict(lam_max=0.0),  # blends contexts of its own bank
     "equalization_loss.py": dict(epochs=1, lr_steps=(), lr=0.002),  # its gradients come back as a prior
 }
