@@ -194,17 +194,6 @@ def make_sampler(train_set, stage, args):
     return datasets.EpochSampler(train_set, args.seed, stream=stage - 1, **how)
 
 
-class ScaledClassifier(nn.Module):
-    """LWS: f * (W x + b), [B, D] -> [B, K], with W, b of stage 1 and a scale f per class [K], at first 1."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear, self.scale = linear, nn.Parameter(linear.weight.new_ones(linear.out_features))
-
-    def forward(self, features):
-        return self.scale * self.linear(features)
-
-
 def tau_normalized(weight, tau):
     """Each row of weight [K, D] over its Euclidean norm to the power of tau. The bias is dropped."""
     return weight / weight.norm(dim=1, keepdim=True).pow(tau)
@@ -263,7 +252,7 @@ def new_classifier(network, args):
         if args.crt_init == "stage1":
             network.classifier.load_state_dict(old.state_dict())
     elif args.classifier == "lws":
-        network.classifier = ScaledClassifier(old)
+        network.classifier = models.ScaledClassifier(old)
     elif args.classifier == "tau":
         network.classifier = nn.Linear(width, num_classes, bias=False)
     else:

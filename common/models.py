@@ -27,6 +27,17 @@ class CosineClassifier(nn.Module):
         return self.scale * F.normalize(features, dim=1) @ F.normalize(self.weight, dim=0)
 
 
+class ScaledClassifier(nn.Module):
+    """scale * (W x + b), [B, D] -> [B, K], of a linear classifier; a scale per class [K], at first 1."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.scale = linear, nn.Parameter(linear.weight.new_ones(linear.out_features))
+
+    def forward(self, features):
+        return self.scale * self.linear(features)
+
+
 class Network(nn.Module):
     """Backbone, global average pooling (C = D) and classifier in one."""
 
@@ -67,10 +78,13 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
 
 
-def cifar_backbone(depth, channels):
-    """3x3 stem of 16 channels, then 3 stages of (depth - 2) / 6 blocks with 16, 32, 64 channels."""
-    stages, blocks = [], (depth - 2) // 6
-    for before, width in ((16, 16), (16, 32), (32, 64)):
+def cifar_backbone(depth, channels, narrow=1.0):
+    """3x3 stem of 16 channels, then 3 stages of (depth - 2) / 6 blocks with 16, 32, 64 channels.
+
+    narrow: a factor on the last two.
+    """
+    stages, blocks, second, third = [], (depth - 2) // 6, round(32 * narrow), round(64 * narrow)
+    for before, width in ((16, 16), (16, second), (second, third)):
         first = BasicBlock(before, width, stride=1 if before == width else 2)
         stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1))))
     return nn.Sequential(nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *stages)
@@ -112,9 +126,16 @@ CIFAR = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56)}
 NAMES = (*CIFAR, *IMAGENET, "lenet")
 
 
-def imagenet_backbone(arch, channels, pretrained):
+def imagenet_backbone(arch, channels, pretrained, narrow=1.0):
     block, blocks, groups, width = IMAGENET[arch]
     net = resnet.ResNet(block, blocks, groups=groups, width_per_group=width)
+    if narrow != 1:  # the stages made again
+        net.inplanes, third, fourth = 128 * block.expansion, round(256 * narrow), round(512 * narrow)
+        net.layer3 = net._make_layer(block, third, blocks[2], stride=2)
+        net.layer4 = net._make_layer(block, fourth, blocks[3], stride=2)
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if pretrained:
         try:  # from torchvision's cache, else downloaded
             with PartialState().main_process_first():
@@ -124,7 +145,8 @@ def imagenet_backbone(arch, channels, pretrained):
     if channels != 3:
         net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     stages = (net.layer1, net.layer2, net.layer3, net.layer4)
-    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages), net.fc.in_features
+    backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages)
+    return backbone, net.inplanes
 
 
 @contextmanager
@@ -135,12 +157,13 @@ def seeded(seed):
         yield
 
 
-def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None, pretrained=False):
+def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None, pretrained=False, narrow=1.0):
     """The network `arch` for images of `shape` (C, H, W); `seed` alone decides its first weights.
 
     CIFAR ResNets and LeNet: kaiming-normal convolutions and linear layers. ImageNet ResNets: torchvision's.
     cosine: the scale of a CosineClassifier (LDAM), which then replaces the linear one.
     pretrained: the backbone starts from torchvision's ImageNet weights.
+    narrow: a factor on the channels of a ResNet's last two stages (RIDE's experts).
     """
     if arch not in NAMES:
         cli.fail(f"--arch {arch}: must be one of {', '.join(NAMES)}")
@@ -153,14 +176,15 @@ def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None, pretrained
 
     with seeded(seed):
         if arch in IMAGENET:
-            backbone, width = imagenet_backbone(arch, channels, pretrained)
+            backbone, width = imagenet_backbone(arch, channels, pretrained, narrow)
             return Network(backbone, make_classifier(width, num_classes)).to(
                 memory_format=torch.channels_last
             )
         if arch == "lenet":
             net = LeNet(channels, size, make_classifier(2, num_classes))
         else:
-            net = Network(cifar_backbone(CIFAR[arch], channels), make_classifier(64, num_classes))
+            backbone, width = cifar_backbone(CIFAR[arch], channels, narrow), round(64 * narrow)
+            net = Network(backbone, make_classifier(width, num_classes))
         for module in net.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)

@@ -1,6 +1,7 @@
 """cmo.py: every equation against numbers worked out beforehand, and where CMO becomes plain training."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import cmo
 from cmo import Args
 from common import cli, datasets, models
 from tests import conftest
-from tests.conftest import TINY, refusal
+from tests.conftest import TINY, kill_at, launch, lines_of, refusal, result_of, run_here, state_of
 
 COUNTS = torch.tensor([500, 50, 5])
 CIFAR100 = torch.tensor(datasets.long_tail_counts(500, 100, 100))
@@ -273,13 +274,14 @@ def test_deferred_reweighting():
     accelerator = Accelerator()
     logits, args = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), Args(drw=True, drw_epoch=160, epochs=200)
 
-    def loss(labels, epoch):
-        return cmo.batch_loss(accelerator, logits, torch.tensor(labels), COUNTS, epoch, args)
+    def loss(labels, epoch, share=1.0):
+        return cmo.batch_loss(accelerator, logits, torch.tensor(labels), share, COUNTS, epoch, args)
 
     close(loss([0, 1], 160), 1.314829)
     close(loss([0, 1], 159), 0.907606)
     close(loss([0, 0], 160), 1.407606)  # two terms, each normalised on its own, then blended
     close(loss([2, 1], 160), 2.316511)
+    close(loss([0, 0], 160, 0.75) + loss([2, 1], 160, 0.25), 1.634832)
 
 
 @pytest.mark.parametrize("loss", ["ce", "bs", "ldam"])
@@ -291,7 +293,292 @@ def test_losses_at_the_edges(loss, dtype):
     assert losses.isfinite().all() and logits.grad.isfinite().all()
 
 
+# RIDE
+
+EXPERTS = torch.tensor([[[2.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 2.0, 1.0]]])
+RIDE = dict(loss="ride", epochs=200, drw_epoch=160)
+
+
+def ride_loss(epoch=0, share=1.0, labels=(0,), logits=EXPERTS, **options):
+    args = Args(**{**RIDE, "max_margin": 1e-9, **options})
+    return cmo.batch_loss(Accelerator(), logits, torch.tensor(labels), share, COUNTS, epoch, args)
+
+
+def test_losses_of_experts():
+    label = torch.tensor([0])
+    close(cmo.image_losses(EXPERTS, label, COUNTS, Args(loss="ride", max_margin=1e-9)), [3.913824], 1e-5)
+    close(cmo.image_losses(EXPERTS, label, COUNTS, Args(loss="ride")), [16.572285], 1e-5)
+    close(cmo.disagreement(EXPERTS, torch.ones(3)), [0.507889], 1e-6)
+    close(ride_loss(diversity=-0.45), 3.685274, 1e-5)
+    close(ride_loss(diversity=-0.2), 3.812246, 1e-5)
+    close(ride_loss(max_margin=0.5), 16.343735, 1e-5)
+
+
+def test_class_temperatures():
+    close(cmo.class_temperatures(COUNTS, 0.05), [1, 0.887920, 0.876712])
+    close(cmo.class_temperatures(COUNTS, 0.05).mean(), 0.921544)
+    close(cmo.class_temperatures(COUNTS, 0.02), [1, 0.952953, 0.948249])
+    close(cmo.class_temperatures(COUNTS, 0.0), [1, 1, 1])
+
+
+def test_from_the_switch_on_temperatures_and_weights_hold():
+    """One image: its weight cancels, so that the rest is the term of the experts' disagreement."""
+    term = ride_loss(160, drw=True) - 3.913824
+    close(term, -0.205419, 1e-5)
+    close(ride_loss(159, drw=True), 3.685274, 1e-5)
+    close(ride_loss(160, drw=False), 3.685274, 1e-5)
+    logits = EXPERTS.expand(2, 3, 3)
+    weights = cmo.class_weights(COUNTS, "effective")[[0, 2]]
+    each = torch.stack([ride_loss(labels=(label,), diversity=0.0) for label in (0, 2)])
+    close(
+        ride_loss(160, labels=(0, 2), logits=logits, drw=True),
+        (weights * each).sum() / weights.sum() - 0.205419,
+        1e-5,
+    )
+
+
+def test_disagreement_counts_once_in_a_mixed_batch():
+    for share in (0.25, torch.tensor([0.25])):
+        both = ride_loss(share=share, labels=(0,)) + ride_loss(share=1 - share, labels=(2,))
+        apart = 0.25 * ride_loss(labels=(0,), diversity=0.0) + 0.75 * ride_loss(labels=(2,), diversity=0.0)
+        close(both - apart, -0.45 * 0.507889, 1e-5)
+
+
+def test_no_gradient_through_the_mean():
+    logits = EXPERTS.clone().requires_grad_()
+    cmo.disagreement(logits, torch.ones(3)).sum().backward()
+    close(logits.grad, EXPERTS.softmax(2) - EXPERTS.mean(1, keepdim=True).softmax(2), 1e-6)
+
+
+def experts(arch, num_classes, count=3, shape=(3, 32, 32)):
+    train_set = SimpleNamespace(num_classes=num_classes, shape=shape)
+    return cmo.make_network(train_set, Args(arch=arch, loss="ride", experts=count))
+
+
+def test_parameters_of_experts():
+    network = experts("resnet32", 100)
+    assert models.count_parameters(network) == 783_856
+    assert models.count_parameters(network.trunk) == 23_824
+    assert [models.count_parameters(expert) for expert in network.experts] == [253_344] * 3
+    assert models.count_parameters(experts("resnet32", 100, 4)) == 783_856 + 253_344
+    assert models.count_parameters(experts("resnet50", 1000)) == 43_677_248
+
+
+def test_parameters_of_experts_of_inaturalist():
+    assert models.count_parameters(experts("resnet50", 8142)) == 76_587_584
+
+
+def test_stages_of_experts():
+    network = experts("resnet50", 5, 2)
+    third, fourth = network.experts[0].backbone
+    assert network.trunk[-1][-1].conv3.out_channels == 512 and (len(third), len(fourth)) == (6, 3)
+    assert third[0].conv2.stride == fourth[0].conv2.stride == (2, 2)  # not in the 1x1 convolutions
+    assert (third[-1].conv3.out_channels, fourth[-1].conv3.out_channels) == (768, 1536)
+    assert third[1].conv2.weight.std().item() == pytest.approx((2 / (9 * 192)) ** 0.5, rel=0.02)
+    small = experts("resnet8", 5, 2).experts[0].backbone
+    assert [stage[0].conv1.out_channels for stage in small] == [24, 48]
+    assert small[0][0].padding == 4 and small[1][0].padding == 12
+
+
+def test_experts_predict_with_their_mean():
+    network, images = experts("resnet8", 5), torch.randn(2, 3, 32, 32)
+    first, second = (expert.classifier.weight for expert in network.experts[:2])
+    assert not first.equal(second)  # each begins with weights of its own
+    each = network.eval()(images)
+    maps = network.trunk(images)
+    close(each, torch.stack([expert(maps) for expert in network.experts]).mean(0), 1e-5)
+    assert each.shape == (2, 5) and network.train()(images).shape == (2, 3, 5)
+
+
+# Remix
+
+
+@pytest.mark.parametrize(
+    "n_i, n_j, lam, share",
+    [
+        (500, 5, 0.4, 0),
+        (500, 5, 0.6, 0.6),
+        (5, 500, 0.4, 0.4),
+        (5, 500, 0.6, 1),
+        (500, 400, 0.4, 0.4),
+        (150, 50, 0.49, 0),
+        (149, 50, 0.49, 0.49),
+    ],
+)
+def test_remix(n_i, n_j, lam, share):
+    close(cmo.remix_share(lam, torch.tensor([n_i]), torch.tensor([n_j])), [share])
+
+
+# Label-aware smoothing
+
+
+def test_smoothing():
+    close(cmo.smoothing(COUNTS, 0.4, 0.1), [0.4, 0.142694, 0.1])
+    close(cmo.smoothing(COUNTS, 0.3, 0.0), [0.3, 0.042694, 0])
+    close(cmo.smoothing(CIFAR100)[[0, 35, 50, 99]], [0.4, 0.187256, 0.140809, 0.1])
+
+
+def test_smoothed_losses():
+    logits, labels = torch.tensor([[2.0, 1.0, 0.0]]).expand(3, 3), torch.arange(3)
+    args = Args(las=True, las_head=0.4, las_tail=0.1)
+    close(cmo.smoothed_losses(logits, labels, COUNTS, args), [0.807606, 1.407606, 2.307606])
+    accelerator = Accelerator()
+    loss = cmo.batch_loss(accelerator, logits, labels, 1.0, COUNTS, args.epochs, args)  # of stage 2
+    close(loss, (0.807606 + 1.407606 + 2.307606) / 3)
+    none = Args(las=True, las_head=0.0, las_tail=0.0)
+    close(cmo.smoothed_losses(logits, labels, COUNTS, none), [0.407606, 1.407606, 2.407606])
+
+
+def test_stage_2_is_of_the_classifier_alone(tmp_path):
+    result = cmo.main(tiny(tmp_path, las=True, las_epochs=2, las_batch_size=64))
+    first, last = (state_of(tmp_path / "run", epoch) for epoch in (2, 3))
+    names = [name for name in first if not first[name].equal(last[name])]
+    moving = [name for name in names if "running" not in name and "num_batches" not in name]
+    assert sorted(moving) == ["classifier.linear.bias", "classifier.linear.weight", "classifier.scale"]
+    assert any("running_mean" in name for name in names)  # BatchNorm's statistics go on
+    assert result["epochs"] == 2 and [line["epoch"] for line in lines_of(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_stage_2_with_fixed_statistics(tmp_path):
+    cmo.main(tiny(tmp_path, las=True, las_epochs=2, las_batch_size=64, las_shift_bn=False))
+    first, last = (state_of(tmp_path / "run", epoch) for epoch in (2, 3))
+    assert all(first[name].equal(last[name]) for name in first if "classifier" not in name)
+
+
+def test_stage_2_without_a_rate_is_stage_1(tmp_path):
+    plain = cmo.main(tiny(tmp_path, "plain"))
+    options = dict(las=True, las_epochs=1, las_batch_size=64, las_shift_bn=False, las_lr=1e-12, las_wd=0.0)
+    assert cmo.main(tiny(tmp_path, "las", **options))["per_class"] == plain["per_class"]
+
+
+def test_rates_and_batches_of_stage_2(tmp_path):
+    args = tiny(tmp_path, las=True, las_batch_size=50, las_factor=0.2)
+    rates = [cmo.learning_rate(2 + epoch, args) for epoch in (0, 5, 9)]
+    close(rates, [0.1, 0.05, 0.05 * (1 + np.cos(0.9 * np.pi))], 1e-9)
+    train_set = datasets.load(args)[0]
+    loader = cmo.make_loader(train_set, 2, args)
+    assert len(loader) == -(-1236 // 50) + 1
+    classes = torch.cat([labels for (_, labels), foreground in loader if foreground is None])
+    assert classes.view(-1, 2)[::2].eq(classes.view(-1, 2)[::2, :1]).all()
+    assert classes[:40].view(10, 4).eq(classes[:40].view(10, 4)[:, :1]).all()  # four of a class in a row
+    assert sorted(classes[:40:4].tolist()) == list(range(10))
+    network = models.build("resnet8", 10, 0)
+    network.classifier = models.ScaledClassifier(network.classifier)
+    scale, linear = cmo.make_optimizer(network, 2, args).param_groups
+    assert (scale["factor"], linear["factor"], linear["weight_decay"]) == (1.0, 0.2, 2e-4)
+    assert scale["params"] == [network.classifier.scale] and len(linear["params"]) == 2
+    assert not scale["nesterov"] and scale["momentum"] == 0.9
+
+
+@pytest.mark.slow
+def test_experts_in_two_processes(tmp_path):
+    """The same but for BatchNorm's statistics, which are each process's own."""
+    options = dict(TINY, epochs=1, lr_steps=(), loss="ride", drw=True, drw_epoch=0, mix_start=-1, mix_end=0)
+    one = run_here("cmo.py", **options, output_dir=tmp_path / "one")
+    two = result_of(launch("cmo.py", 2, **options, output_dir=tmp_path / "two"))
+    assert two["num_processes"] == 2 and two["loss"] == pytest.approx(one["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moment", ["1:5", "2:5", "3:5"])
+def test_killed_in_either_stage(moment, processes, tmp_path):
+    options = dict(TINY, mix_start=-1, mix_end=0, las=True, las_epochs=2, las_batch_size=64)
+
+    def run(**given):
+        return run_here("cmo.py", **given) if processes == 1 else result_of(launch("cmo.py", 2, **given))
+
+    unbroken = run(**options, output_dir=tmp_path / "unbroken")
+    killed = launch(
+        "cmo.py", processes, env=kill_at(tmp_path, moment), **options, output_dir=tmp_path / "run"
+    )
+    assert killed.returncode != 0 and len(lines_of(tmp_path / "run")) == int(moment[0])
+    resumed = run(**options, output_dir=tmp_path / "run", resume="yes")
+    assert resumed["weights_sha256"] == unbroken["weights_sha256"]
+
+
 # Schedule and networks
+
+
+def test_learning_rate_of_400_epochs():
+    cifar = cli.build(Args, cmo.RECIPES, dataset="cifar100_lt", loss="bs", long=True)
+    rates = [cmo.learning_rate(epoch, cifar) for epoch in (0, 9, 10, 320, 321, 360, 361, 399)]
+    close(rates, [0.01, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], 1e-12)
+    imagenet = cli.build(Args, cmo.RECIPES, dataset="imagenet_lt", loss="bs", long=True)
+    rates = [cmo.learning_rate(epoch, imagenet) for epoch in (0, 9, 10, 200, 399)]
+    close(rates, [0.002, 0.02, 0.02, 0.010361, 0], 2e-6)
+
+
+def test_recipes_of_400_epochs():
+    args = cli.build(Args, cmo.RECIPES, dataset="cifar100_lt", loss="bs", long=True)
+    assert (args.epochs, args.auto_augment, args.cutout, args.contrastive) == (400, True, 16, 0.5)
+    assert [cmo.mixing_window(epoch, args) for epoch in (3, 4, 396, 397)] == [False, True, True, False]
+    for dataset, wd in (("imagenet_lt", 5e-4), ("inat2018", 1e-4)):
+        args = cli.build(Args, cmo.RECIPES, dataset=dataset, loss="bs", long=True)
+        assert (args.epochs, args.rand_augment, args.contrastive, args.color_jitter) == (400, True, 0.5, 0.4)
+        assert (args.wd, args.batch_size, args.lr, args.cosine) == (wd, 256, 0.02, True)
+        usual = cli.build(Args, cmo.RECIPES, dataset=dataset)
+        assert not (usual.rand_augment or usual.contrastive or usual.cosine)
+
+
+@pytest.mark.parametrize(
+    "dataset, wd, epochs, lr, lr_steps, drw_epoch, diversity, spread, rotation",
+    [
+        ("cifar100_lt", 5e-4, 200, 0.1, (160, 180), 160, -0.45, 0.05, 15),
+        ("imagenet_lt", 2e-4, 100, 0.1, (60, 80), 80, -0.2, 0.02, 0),
+        ("inat2018", 2e-4, 100, 0.2, (60, 80), 80, -0.2, 0.015, 0),
+    ],
+)
+def test_recipes_of_ride(dataset, wd, epochs, lr, lr_steps, drw_epoch, diversity, spread, rotation):
+    args = cli.build(Args, cmo.RECIPES, dataset=dataset, loss="ride")
+    assert (args.wd, args.epochs, args.lr, args.lr_steps) == (wd, epochs, lr, lr_steps)
+    assert (args.diversity, args.spread, args.random_rotation) == (diversity, spread, rotation)
+    assert args.drw and args.drw_epoch == drw_epoch
+    assert cmo.make_optimizer(models.build("resnet8", 10, 0), 1, args).param_groups[0]["nesterov"]
+    assert not cli.build(Args, cmo.RECIPES, dataset=dataset).drw
+
+
+@pytest.mark.parametrize(
+    "dataset, imbalance, head, tail, factor, shift_bn",
+    [
+        ("cifar100_lt", 100, 0.4, 0.1, 0.2, True),
+        ("cifar100_lt", 50, 0.3, 0.0, 0.1, True),
+        ("cifar100_lt", 10, 0.2, 0.0, 0.1, True),
+        ("cifar10_lt", 100, 0.3, 0.0, 0.5, False),
+        ("cifar10_lt", 50, 0.2, 0.0, 0.2, False),
+        ("cifar10_lt", 10, 0.1, 0.0, 0.2, False),
+        ("imagenet_lt", None, 0.3, 0.0, 0.05, True),
+        ("inat2018", None, 0.3, 0.0, 0.05, True),
+    ],
+)
+def test_recipes_of_smoothing(dataset, imbalance, head, tail, factor, shift_bn):
+    given = {} if imbalance is None else dict(imbalance=float(imbalance))
+    args = cli.build(Args, cmo.RECIPES, dataset=dataset, las=True, **given)
+    assert (args.las_head, args.las_tail, args.las_factor, args.las_shift_bn) == (
+        head,
+        tail,
+        factor,
+        shift_bn,
+    )
+    assert (args.las_epochs, args.las_lr) == (10, 0.1)
+    own = {"imagenet_lt": (5e-4, 256), "inat2018": (1e-4, 256)}
+    assert (args.las_wd, args.las_batch_size) == own.get(dataset, (2e-4, 128))
+
+
+@pytest.mark.parametrize(
+    "given, start",
+    [
+        (
+            dict(long=True),
+            "--long: is a recipe of cifar10_lt, cifar100_lt, imagenet_lt, inat2018, not of synthetic",
+        ),
+        (dict(cosine=True), "--lr-steps: have no effect on a cosine; leave them out, or add --no-cosine"),
+        (dict(loss="ride", arch="lenet"), "--arch lenet: has no stages to make experts of; use a ResNet"),
+        (dict(loss="ldam", las=True), "--las: is for linear classifiers, not for --loss ldam; use ce or bs"),
+        (dict(loss="ride", experts=1), "--experts 1: must be at least 2"),
+    ],
+)
+def test_refusals(given, start, capsys):
+    assert refusal(lambda: cli.build(Args, cmo.RECIPES, **given), capsys).startswith(start)
 
 
 def test_learning_rate():
@@ -433,6 +720,22 @@ def test_plain_cutmix_mixes_the_batch_with_itself(monkeypatch):
     assert run.loss == pytest.approx((7 * 0.407606 + 2.407606) / 8, abs=2e-6)
 
 
+def test_a_step_with_remix(monkeypatch):
+    """Labels 0 (500 images) and 2 (5): where the rare image is the smaller part, it gives the label alone."""
+    monkeypatch.setattr(cmo, "mixing_plan", lambda *_: [(0.4, 16, 16)])
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.tensor([1, 0]))
+    train_set = datasets.load(Args())[0]
+    train_set.class_counts = COUNTS
+    images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 32, 32).clone()
+    model, run = Recorder([[2.0, 1.0, 0.0]] * 2), OneStep()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    args = Args(epochs=20, paste="remix", oversample="nothing")
+    cmo.train_one_epoch(run, model, [((images, torch.tensor([0, 2])), None)], optimizer, train_set, 7, args)
+    close(model.shown[:, 0, 0, 0], [0.6, 0.4])
+    first, second = 2.407606, 0.4 * 2.407606 + 0.6 * 0.407606
+    assert run.loss == pytest.approx((first + second) / 2, abs=2e-6)
+
+
 def test_optimiser_and_steps(tmp_path, monkeypatch):
     """SGD with momentum 0.9, weight decay on everything, no Nesterov; an incomplete batch is dropped."""
     seen = {}
@@ -470,6 +773,8 @@ def tiny(tmp_path, name="run", **options):
         dict(oversample="nothing"),
         dict(paste="blur"),
         dict(paste="jitter"),
+        dict(paste="remix", oversample="nothing", drw=True, drw_epoch=0),
+        dict(loss="ride", drw=True, drw_epoch=0),
     ],
     ids=str,
 )

@@ -206,7 +206,7 @@ def test_images_that_set_the_classifier(tmp_path, monkeypatch, classifier, image
 def test_scaled_classifier():
     linear = nn.Linear(2, 2)
     linear.weight.data, linear.bias.data = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([0.0, 0.0])
-    scaled, features = decoupled_crt.ScaledClassifier(linear), torch.tensor([[1.0, 1.0]])
+    scaled, features = models.ScaledClassifier(linear), torch.tensor([[1.0, 1.0]])
     assert scaled(features).equal(linear(features))
     scaled.scale.data = torch.tensor([0.5, 2.0])
     close(scaled(features), [[3.5, 2.0]])
