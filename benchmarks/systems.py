@@ -3,8 +3,10 @@
 A line of results/systems.jsonl is a system: the command that runs it, or null, and its published figures.
 `python COMMAND --dataset KEY` is the run of a figure, KEY its key. Ours is the mean over the recorded results
 (results/*.jsonl) with that script and all of its options but the seed, and how many seeds they are.
+With --commands: every figure on a line of its own, with its whole command.
 """
 
+import argparse
 import importlib
 import json
 import re
@@ -12,7 +14,7 @@ import shlex
 import statistics
 from pathlib import Path
 
-from common import cli, compare
+from common import cli
 from common.runs import NOT_COMPARED
 
 ROOT = Path(__file__).parent.parent
@@ -93,26 +95,42 @@ def split(columns, kinds=("CIFAR|MNIST", "[^,]+")):
 
 
 def tables(systems, results):
-    """The tables of one paper, as markdown."""
+    """The tables of one paper, as markdown, unpadded: they are long."""
     rows = [{column(k): cell(system, k, results) for k in system["published"]} for system in systems]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     columns.sort(key=lambda name: list(SETS.values()).index(name.split(",")[0]))
     for names in split(columns):
-        table = [["system", "command", *names]]
+        table = [["system", "command", *names], ["---"] * (2 + len(names))]
         for system, row in zip(systems, rows, strict=True):
             if not row or any(name in row for name in names):
                 command = f"`{system['command']}`" if system["command"] else "-"
                 table.append([system["system"], command, *(row.get(name, "") for name in names)])
-        yield compare.markdown(table)
+        yield "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
 def text():
     systems, results, parts = read_systems(), recorded(), []
     for paper, script in PAPERS.items():
         of_paper = [system for system in systems if system["paper"] == paper]
-        parts += [f"**{paper}** (`{script}`)", *tables(of_paper, results)]
+        head = f"<details><summary><b>{paper}</b> ({script})</summary>"
+        parts += [head, *tables(of_paper, results), "</details>"]
     return "\n\n".join(parts)
 
 
+def commands():
+    """A line for each figure: paper, system, figures and command."""
+    results = recorded()
+    for system in read_systems():
+        for key in system["published"]:
+            command = f"python {system['command']} --dataset {key}" if system["command"] else "-"
+            yield f"{system['paper']}: {system['system']}: {cell(system, key, results)}: {command}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.systems", description=__doc__.splitlines()[0])
+    parser.add_argument("--commands", action="store_true", help="a line for each figure, with its command")
+    print("\n".join(commands()) if parser.parse_args(argv).commands else text())
+
+
 if __name__ == "__main__":
-    print(text())
+    main()
