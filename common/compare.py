@@ -69,12 +69,13 @@ def rows(results):
     for result in results:
         groups.setdefault(json.dumps(options(result), sort_keys=True), []).append(result)
     keys = [json.loads(key) for key in groups]
-    names = ["script"] + [k for k in keys[0] if k != "script" and len({str(key.get(k)) for key in keys}) > 1]
+    every = sorted({name for key in keys for name in key} - {"script"})
+    names = ["script"] + [k for k in every if len({str(key[k]) for key in keys if k in key}) > 1]
     if all("row" in key for key in keys):  # as benchmarks.reproduce names them
         names = ["row"]
     table = [[*names, *ACCURACIES, "seeds", "minutes", "GB", "commit"]]
     for key, group in zip(keys, groups.values(), strict=True):
-        cells = [str(key.get(name)) for name in names]
+        cells = [str(key.get(name, "-")) for name in names]  # - where a script has no such option
         cells += [spread([result[name] for result in group]) for name in ACCURACIES]
         minutes = statistics.mean(result["seconds"] for result in group) / 60
         memory = max(result["peak_memory_gb"] for result in group)

@@ -31,6 +31,20 @@ def test_rows():
     ]
 
 
+def test_options_of_one_script_make_columns_beside_another():
+    other = [result(0, 70.0, tau=tau) | {"script": "csa.py"} for tau in (1, 2)]
+    for run in other:
+        del run["args"]["loss"]  # which csa.py does not have
+    table = compare.rows([result(0, 50.0), result(0, 60.0, loss="bs"), *other])
+    assert [row[:4] for row in table] == [
+        ["script", "loss", "tau", "all"],
+        ["cmo.py", "ce", "-", "50.0"],
+        ["cmo.py", "bs", "-", "60.0"],
+        ["csa.py", "-", "1", "70.0"],
+        ["csa.py", "-", "2", "70.0"],
+    ]
+
+
 def test_files_and_folders(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text(json.dumps(result(0, 50.0), indent=1))
