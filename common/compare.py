@@ -1,8 +1,11 @@
-"""Finished runs side by side: `python -m common.compare runs/cmo/* [--csv]`.
+"""Finished runs side by side: `python -m common.compare runs/cmo/* [--csv] [--plot compared.png]`.
 
 Takes run folders, result.json files and .jsonl files of result lines. Runs that differ only in the seed
 become one row: the mean over seeds, and +- the standard deviation between them. A run that predicts in
 several ways has a row for each. Result lines with a "row" (benchmarks.reproduce) are called by it.
+
+--plot draws the rows: accuracy of each class over its training images, accuracy by split, and, of run
+folders, test accuracy over the epochs.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from common.runs import NOT_COMPARED
 
 SPLIT = ("dataset", "imbalance", "train_list", "test_list")
 SPLIT += ("many_over", "few_under", "many_classes", "few_classes")
+MARKERS = "os^Dv*PX<>ph"
 
 
 def read(paths):
@@ -28,18 +32,21 @@ def read(paths):
         try:
             text = path.read_text()
             lines = text.splitlines() if path.suffix == ".jsonl" else [text]
-            results += [one for result in map(json.loads, lines) for one in by_prediction(result)]
+            log = path.with_name("metrics.jsonl")
+            history = {"history": list(map(json.loads, log.open()))} if log.is_file() else {}
+            results += [one | history for result in map(json.loads, lines) for one in by_prediction(result)]
         except (OSError, ValueError, KeyError) as e:
             cli.fail(f"{path}: not a finished run or a file of result lines ({e!r})")
     return results
 
 
 def by_prediction(result):
-    """The result once for each of its predictions, if it has several."""
+    """The result once for each of its predictions, if it has several; only its own has classes and epochs."""
     args, predictions = result["args"], result.get("predictions")
     if predictions is None:
         return [result]
-    return [{**result, **own, "args": {**args, "prediction": name}} for name, own in predictions.items()]
+    each = [{**result, **own, "args": {**args, "prediction": name}} for name, own in predictions.items()]
+    return [one if one["args"] == args else {**one, "per_class": None} for one in each]
 
 
 def options(result):
@@ -59,8 +66,11 @@ def spread(values):
     )
 
 
-def rows(results):
-    """Header and rows of the table. Results of different data sets or splits are refused."""
+def grouped(results):
+    """(names of the options that differ, [their values, the results of that row]), in the order given.
+
+    Results of different data sets or splits are refused.
+    """
     for name in SPLIT:
         values = sorted({str(result["args"].get(name)) for result in results})
         if len(values) > 1:
@@ -73,16 +83,81 @@ def rows(results):
     names = ["script"] + [k for k in every if len({str(key[k]) for key in keys if k in key}) > 1]
     if all("row" in key for key in keys):  # as benchmarks.reproduce names them
         names = ["row"]
+    # - where a script has no such option
+    return names, [
+        ([str(key.get(k, "-")) for k in names], of) for key, of in zip(keys, groups.values(), strict=True)
+    ]
+
+
+def rows(results):
+    """Header and rows of the table."""
+    names, groups = grouped(results)
     table = [[*names, *ACCURACIES, "seeds", "minutes", "GB", "commit"]]
-    for key, group in zip(keys, groups.values(), strict=True):
-        cells = [str(key.get(name, "-")) for name in names]  # - where a script has no such option
-        cells += [spread([result[name] for result in group]) for name in ACCURACIES]
+    for cells, group in groups:
+        accuracies = [spread([result[name] for result in group]) for name in ACCURACIES]
         minutes = statistics.mean(result["seconds"] for result in group) / 60
         memory = max(result["peak_memory_gb"] for result in group)
         commits = ", ".join(sorted({str(result["commit"]) for result in group}))
         seeds = str(len({result["seed"] for result in group}))
-        table.append([*cells, seeds, f"{minutes:.1f}", f"{memory:.1f}", commits])
+        table.append([*cells, *accuracies, seeds, f"{minutes:.1f}", f"{memory:.1f}", commits])
     return table
+
+
+def class_curve(group):
+    """(training images, mean accuracy) of the classes, the rarest first; empty where no result has them."""
+    whole = [result for result in group if result.get("per_class")]
+    points = []
+    for k, n in enumerate(whole[0]["class_counts"] if whole else []):
+        seen = [result["per_class"][k] for result in whole if result["per_class"][k] is not None]
+        points += [(n, statistics.mean(seen))] if seen else []
+    return tuple(zip(*sorted(points), strict=True)) or ([], [])
+
+
+def draw(results, file):
+    """Write the picture of the rows to `file`. They differ in marker, line, hatch and shade: in grey, too."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+        from matplotlib.legend_handler import HandlerTuple
+    except ImportError:
+        cli.fail("--plot: needs matplotlib: pip install matplotlib")
+    names, groups = grouped(results)
+    if len(groups) > len(MARKERS):
+        cli.fail(
+            f"--plot: {len(groups)} rows are too many to tell apart; name runs of {len(MARKERS)} or less"
+        )
+    figure = Figure(figsize=(17, 5), layout="constrained")
+    (classes, bars, curves), handles, labels = figure.subplots(1, 3), [], []
+    for i, (cells, group) in enumerate(groups):
+        shown = zip(names, cells, strict=True)
+        labels.append(", ".join(v if name in ("script", "row") else f"{name} {v}" for name, v in shown))
+        colour = colormaps["viridis"](0.9 * i / max(len(groups) - 1, 1))
+        style = dict(color=colour, marker=MARKERS[i], ls=("-", "--", ":", "-.")[i % 4], ms=5, lw=1.2)
+        handles.append(tuple(classes.plot(*class_curve(group), **style)))
+        shares = [[result[name] for result in group if result[name] is not None] for name in ACCURACIES]
+        heights = [statistics.mean(values) if values else 0 for values in shares]
+        errors = [statistics.stdev(values) if len(values) > 1 else 0 for values in shares]
+        places = [x + 0.8 * ((i + 0.5) / len(groups) - 0.5) for x in range(len(shares))]
+        look = dict(color=colour, edgecolor="black", hatch=("", "//", "..", "xx")[i % 4], lw=0.5)
+        handles[i] += (bars.bar(places, heights, 0.8 / len(groups), yerr=errors, **look),)
+        logs = [[line["all"] for line in result["history"]] for result in group if "history" in result]
+        means = [statistics.mean(values) for values in zip(*logs, strict=False)]
+        curves.plot(range(1, len(means) + 1), means, **style, markevery=max(1, len(means) // 10))
+    classes.set(xscale="log", xlabel="training images of the class", ylabel="test accuracy of the class (%)")
+    bars.set(ylabel="test accuracy (%), +- over seeds", xticks=range(len(ACCURACIES)))
+    bars.set_xticklabels(ACCURACIES)
+    curves.set(xlabel="epoch", ylabel="test accuracy (%)")
+    for axes in (classes, bars, curves):
+        axes.grid(alpha=0.3, axis="y")
+    for axes in (classes, curves):
+        if not any(len(line.get_xdata()) for line in axes.lines):
+            axes.clear()
+            axes.text(0.5, 0.5, "of run folders alone", ha="center")
+            axes.axis("off")
+    columns = max(1, min(len(labels), 200 // (12 + max(map(len, labels)))))
+    how = dict(handler_map={tuple: HandlerTuple(ndivide=None)}, handlelength=5, ncols=columns)
+    figure.legend(handles, labels, loc="outside lower center", **how)
+    figure.savefig(file, dpi=110)
 
 
 def markdown(table):
@@ -98,12 +173,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m common.compare", description=__doc__)
     parser.add_argument("paths", nargs="+", help="run folders, result.json or .jsonl files")
     parser.add_argument("--csv", action="store_true", help="comma-separated values instead of markdown")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="also draw the rows, into a picture file such as x.png"
+    )
     args = parser.parse_args(argv)
-    table = rows(read(args.paths))
+    results = read(args.paths)
+    table = rows(results)
     if args.csv:
         csv.writer(sys.stdout).writerows(table)
     else:
         print(markdown(table))
+    if args.plot:
+        draw(results, args.plot)
+        cli.say(f"drew {args.plot}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+from PIL import Image
+
 from common import compare
 from tests.conftest import refusal
 
@@ -98,3 +101,39 @@ def test_precision_makes_a_row_of_its_own():
 def test_other_json_is_refused(tmp_path, capsys):
     (tmp_path / "speed.jsonl").write_text('{"benchmark": "speed"}')
     assert "not a finished run" in refusal(lambda: compare.read([tmp_path / "speed.jsonl"]), capsys)
+
+
+def with_classes(*args, **options):
+    """A result as result.json has it: of three classes, the second without test images."""
+    return result(*args, **options) | {"class_counts": [5, 50, 500], "per_class": [args[1], None, 90.0]}
+
+
+def test_curve_over_class_sizes():
+    runs = [with_classes(0, 50.0), with_classes(1, 52.0), result(2, 1.0)]
+    assert compare.class_curve(runs) == ((5, 500), (51.0, 90.0))
+    assert compare.class_curve(runs[2:]) == ([], [])
+
+
+def test_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    for i, (seed, loss) in enumerate(((0, "ce"), (1, "ce"), (0, "bs"))):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "result.json").write_text(json.dumps(with_classes(seed, 50.0 + seed, loss=loss)))
+        lines = [json.dumps({"epoch": epoch, "all": 10.0 * epoch}) + "\n" for epoch in range(3)]
+        (tmp_path / str(i) / "metrics.jsonl").write_text("".join(lines))
+    paths = [str(tmp_path / str(i)) for i in range(3)]
+    assert [len(one["history"]) for one in compare.read(paths)] == [3] * 3
+    compare.main([*paths, "--plot", str(tmp_path / "x.png")])
+    assert capsys.readouterr().err == f"drew {tmp_path}/x.png\n"
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.size == (17 * 110, 5 * 110) and len(image.convert("RGB").getcolors(2**20)) > 50
+    (tmp_path / "lines.jsonl").write_text(json.dumps(result(0, 50.0)))  # as recorded: no classes, no epochs
+    compare.main([str(tmp_path / "lines.jsonl"), "--plot", str(tmp_path / "y.png")])
+    assert (tmp_path / "y.png").exists()
+
+
+def test_too_many_rows_for_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    results = [result(0, 50.0, lr=lr) for lr in range(13)]
+    line = refusal(lambda: compare.draw(results, tmp_path / "x.png"), capsys)
+    assert line == "--plot: 13 rows are too many to tell apart; name runs of 12 or less"
