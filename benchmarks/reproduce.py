@@ -1,6 +1,7 @@
 """Every row of a table: `python -m benchmarks.reproduce --table tricks [-- --dataset cifar10_lt]`.
 
-A table is a file of lines `NAME: SCRIPT.py OPTIONS`, in benchmarks/tables or anywhere. Each row runs with
+A table is a file of lines `NAME: SCRIPT.py OPTIONS`, in benchmarks/tables or anywhere, or a column of a
+paper's in results/systems.jsonl: `--table CMO --on "cifar100_lt --imbalance 100"`. Each row runs with
 each seed; what is finished is skipped, what is broken goes on. Options after `--` are added to every row. At
 the end is the table of `python -m common.compare`; its result lines are in OUTPUT/table.jsonl.
 """
@@ -15,17 +16,19 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks import systems
 from common import cli, compare
 
 ROOT = Path(__file__).parent.parent
 
 
 def read_table(table):
-    """[(name, words of the command)] of the table file, a path or a name in benchmarks/tables."""
+    """[(name, words of the command, None)] of the table file, a path or a name in benchmarks/tables."""
     file = Path(table) if Path(table).is_file() else ROOT / "benchmarks" / "tables" / f"{table}.txt"
     if not file.is_file():
         there = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt")))
-        cli.fail(f"--table {table}: no such file, nor a table of the project ({there})")
+        there = f"({there}) or a paper ({', '.join(systems.PAPERS)})"
+        cli.fail(f"--table {table}: no such file, nor a table of the project {there}")
     rows = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -37,11 +40,27 @@ def read_table(table):
             words = []
         if not (words and (ROOT / words[0]).is_file()):
             cli.fail(f"{file}:{number}: not a row; write NAME: SCRIPT.py OPTIONS, a script of the project")
-        if slug(name) in [slug(other) for other, _ in rows]:
+        if slug(name) in [slug(other) for other, *_ in rows]:
             cli.fail(f"{file}:{number}: {name} would share its folder with another row; rename it")
-        rows.append((name, words))
+        rows.append((name, words, None))
     if not rows:
         cli.fail(f"{file}: holds no row; write NAME: SCRIPT.py OPTIONS")
+    return rows
+
+
+def read_paper(paper, on):
+    """[(system, words of its command, published figure)] of a paper, where the data set begins with `on`."""
+    of_paper = [system for system in systems.read_systems() if system["paper"] == paper and system["command"]]
+    keys, rows = dict.fromkeys(key for system in of_paper for key in system["published"]), []
+    for system in of_paper:
+        for key, figure in system["published"].items():
+            if on and key.split()[: len(on.split())] == on.split():
+                more = key.removeprefix(on)
+                words = shlex.split(f"{system['command']} --dataset {key}")
+                rows.append((system["system"] + more, words, figure))
+    if not rows:
+        problem = f"--on {on}: no column of {paper}" if on else f"--table {paper}: needs --on"
+        cli.fail(f"{problem}; give one of {'; '.join(keys)}")
     return rows
 
 
@@ -50,19 +69,19 @@ def slug(text):
 
 
 def jobs_of(rows, seeds, folder, more):
-    """[(name, command, folder of the run)], seeds in the outer order, so that whole tables come first."""
+    """[(name, command, published, folder of the run)], seed by seed, so that whole tables come first."""
     jobs = []
     for seed in seeds:
-        for name, words in rows:
+        for name, words, published in rows:
             of = folder / f"{slug(name)}_{seed}"
             where = ["--seed", str(seed), "--output-dir", str(of), "--resume", "auto"]
-            jobs.append((name, [*words, *more, *where], of))
+            jobs.append((name, [*words, *more, *where], published, of))
     return jobs
 
 
 def run(job, threads):
     """The result of a job, {"row": name, ...}; None where it failed, with its last line said."""
-    name, words, folder = job
+    name, words, published, folder = job
     file, there = folder / "result.json", ", already there"
     if not (file.exists() and json.loads(file.read_text())["command"] == shlex.join(words)):
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -74,7 +93,7 @@ def run(job, threads):
     result = json.loads(file.read_text())
     minutes = result["seconds"] / 60
     cli.say(f"{name}, seed {result['seed']}: all {result['all']:.1f} ({minutes:.1f} min{there})")
-    return {"row": name, **result}
+    return {"row": name, **({} if published is None else {"published": published}), **result}
 
 
 def main(argv=None):
@@ -86,7 +105,8 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--table", required=True, help="file of the table, or its name in benchmarks/tables")
+    parser.add_argument("--table", required=True, help="its file, name in benchmarks/tables, or paper")
+    parser.add_argument("--on", help="of a paper: data set and options that head the column")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output-dir", help="folder of the runs (default: runs/tables/TABLE_OPTIONS)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
@@ -94,11 +114,19 @@ def main(argv=None):
     args = parser.parse_args(words)
     if args.jobs < 1:
         cli.fail(f"--jobs {args.jobs}: must be at least 1")
-    name = "_".join([Path(args.table).stem, *filter(None, [slug(" ".join(more))])])
-    folder = Path(args.output_dir or Path("runs", "tables", name))
-    jobs = jobs_of(read_table(args.table), args.seeds, folder, more)
+    is_paper = args.table in systems.PAPERS
+    if args.on and not is_paper:
+        cli.fail(
+            f"--on {args.on}: is for a paper ({', '.join(systems.PAPERS)}), not for --table {args.table}"
+        )
+    rows = read_paper(args.table, args.on) if is_paper else read_table(args.table)
+    stem = slug(f"{args.table} {args.on}") if is_paper else Path(args.table).stem
+    folder = Path(
+        args.output_dir or Path("runs", "tables", "_".join(filter(None, [stem, slug(" ".join(more))])))
+    )
+    jobs = jobs_of(rows, args.seeds, folder, more)
     if args.dry_run:
-        print("\n".join(f"{name}: {shlex.join(words)}" for name, words, _ in jobs))
+        print("\n".join(f"{name}: {shlex.join(words)}" for name, words, *_ in jobs))
         return
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:

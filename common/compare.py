@@ -52,7 +52,7 @@ def by_prediction(result):
 def options(result):
     """What makes a row: the script, the precision and every option but the seed and where things lie."""
     args = {k: v for k, v in result["args"].items() if k not in (*NOT_COMPARED, "seed")}
-    named = {"row": result["row"]} if "row" in result else {}
+    named = {name: result[name] for name in ("row", "published") if name in result}
     return {"script": result["script"], "precision": result["precision"], **named, **args}
 
 
@@ -82,7 +82,7 @@ def grouped(results):
     every = sorted({name for key in keys for name in key} - {"script"})
     names = ["script"] + [k for k in every if len({str(key[k]) for key in keys if k in key}) > 1]
     if all("row" in key for key in keys):  # as benchmarks.reproduce names them
-        names = ["row"]
+        names = ["row", *(["published"] if any("published" in key for key in keys) else [])]
     # - where a script has no such option
     return names, [
         ([str(key.get(k, "-")) for k in names], of) for key, of in zip(keys, groups.values(), strict=True)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import reproduce
+from benchmarks import reproduce, systems
 from common import cli
 from tests.conftest import ROOT, refusal
 
@@ -16,8 +16,8 @@ TINY = "--epochs 1 --batch-size 512 --lr-steps --lr 0.01 --arch lenet".split()
 @pytest.mark.parametrize("table", TABLES)
 def test_rows_are_understood(table):
     rows = reproduce.read_table(table)
-    assert len({name for name, _ in rows}) == len(rows)
-    for _, (script, *words) in rows:
+    assert len({name for name, *_ in rows}) == len(rows)
+    for _, (script, *words), _ in rows:
         module = importlib.import_module(script[:-3])
         assert isinstance(cli.parse(module.Args, module.RECIPES, module.__doc__, words), cli.Args)
 
@@ -30,6 +30,50 @@ def test_a_dry_run_lists_every_command(capsys):
         "CE: bag_of_tricks.py --mixup none --sampling instance --imbalance 50 --seed 0 "
         "--output-dir runs/tables/tricks_imbalance_50/ce_0 --resume auto"
     )
+
+
+@pytest.mark.parametrize("paper", systems.PAPERS)
+def test_rows_of_a_paper_have_folders_of_their_own(paper):
+    of_paper = [system for system in systems.read_systems() if system["paper"] == paper and system["command"]]
+    for on in {key for system in of_paper for key in system["published"]}:
+        names = [reproduce.slug(name) for name, *_ in reproduce.read_paper(paper, on)]
+        assert len(set(names)) == len(names) > 0
+
+
+def test_a_column_of_a_paper(capsys):
+    on = "cifar100_lt --imbalance 100"
+    rows = {name: (words, published) for name, words, published in reproduce.read_paper("CMO", on)}
+    command = "cmo.py --loss ce --drw --dataset cifar100_lt --imbalance 100"
+    assert rows["CE-DRW + CMO"] == (command.split(), 47.0)
+    assert not any("--imbalance 10 " in " ".join(words) + " " for words, _ in rows.values())
+    reproduce.main(["--table", "CMO", "--on", on, "--seeds", "3", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    folder = "runs/tables/cmo_cifar100_lt_imbalance_100/ce_drw_cmo_3"
+    assert f"CE-DRW + CMO: {command} --seed 3 --output-dir {folder} --resume auto" in lines
+
+
+def test_a_published_figure_stands_beside_ours(tmp_path, capsys, monkeypatch):
+    row = ("CE", ["cmo.py", "--paste", "none"], 38.6)
+    monkeypatch.setattr(reproduce, "read_paper", lambda *_: [row])
+    reproduce.main(["--table", "CMO", "--seeds", "0", "--output-dir", str(tmp_path), "--", *TINY])
+    head, _, line = capsys.readouterr().out.splitlines()
+    assert head.split("|")[1].strip() == "row" and head.split("|")[2].strip() == "published"
+    assert line.split("|")[2].strip() == "38.6"
+
+
+@pytest.mark.parametrize(
+    "words, start",
+    [
+        (["--table", "CMO"], "--table CMO: needs --on; give one of cifar100_lt --imbalance 100; "),
+        (
+            ["--table", "CMO", "--on", "cifar100_lt --imbalance 1"],
+            "--on cifar100_lt --imbalance 1: no column",
+        ),
+        (["--table", "tricks", "--on", "inat2018"], "--on inat2018: is for a paper (CMO, BBN, "),
+    ],
+)
+def test_columns_that_are_not_there(words, start, capsys):
+    assert refusal(lambda: reproduce.main([*words, "--dry-run"]), capsys).startswith(start)
 
 
 def test_a_table_runs_and_is_not_run_twice(tmp_path, capsys, monkeypatch):
