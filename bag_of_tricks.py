@@ -62,12 +62,9 @@ LARGE = dict(TRICKS, arch="resnet10", imbalance=None, batch_size=512, lr=0.2, wd
 FILES = dict(LARGE, arch="resnet50", batch_size=128, lr=0.05, stage3_lr=5e-4)
 RECIPES = {
     "cifar10_lt": CIFAR,
-    "cifar100_lt": dict(CIFAR, beta=cli.By(
-        lambda loss, reweight: 0.9 if reweight == "effective" and loss != "ldam" else 0.9999)),
-    "imagenet_lt": dict(LARGE, color_jitter=0.4,
-                        cap=cli.By(lambda generate: None if generate == "none" else 100)),
-    "inat2018": dict(LARGE, arch="resnet50", few_under=21,
-                     cap=cli.By(lambda generate: None if generate == "none" else 50)),
+    "cifar100_lt": dict(CIFAR, beta=cli.By(lambda loss: 0.9999 if loss == "ldam" else 0.9)),
+    "imagenet_lt": dict(LARGE, color_jitter=0.4, cap=100),
+    "inat2018": dict(LARGE, arch="resnet50", few_under=21, cap=50),
     "image_folder": FILES,
     "image_list": FILES,
     "synthetic": dict(TRICKS, batch_size=32, wd=5e-4, warmup=2, epochs=by_mixup(28, 40),
@@ -76,11 +73,14 @@ RECIPES = {
                       stage2_epochs=by_mixup(12, 16), stage2_lr_steps=cli.By(
                           lambda mixup, loss: (0,) * (loss != "ldam") + ((8,) if mixup == "none" else (10,))),
                       stage3_epochs=8, stage3_lr=0.01, stage3_lr_steps=(4, 7),
-                      # some of its shapes differ by a rotation of 45 degrees
-                      rotation=cli.By(lambda generate: 45 if generate == "none" else 10)),
+                      rotation=10),  # some of its shapes differ by a rotation of 45 degrees
 }
 # fmt: on
 SCALE = 30.0  # LDAM's factor on the cosines
+# what an option needs to have an effect
+POWER, EFFECTIVE = dict(reweight=("cost",), loss=("cdt",)), dict(reweight=("effective",))
+MIXUP = dict(mixup=("input", "manifold", "remix"))
+GENERATE, CAM = dict(generate=("cam", "image-trans")), dict(generate=("cam",))
 UNDEFERRED = ("smooth", "label_aware")  # losses that are the same in all stages
 
 
@@ -97,9 +97,9 @@ class Args(cli.Args):
         "class weights; cost: cost-sensitive; effective: class-balanced, by effective numbers",
         choices=("none", "cost", "effective"),
     )
-    power: float = cli.option(1.0, "exponent of --reweight cost (0.5: square root) or --loss cdt", least=0)
-    beta: float = cli.option(0.9999, "beta of --reweight effective", least=0, most=0.9999999)
-    gamma: float = cli.option(2.0, "exponent of --loss focal", least=0)
+    power: float = cli.option(1.0, "exponent (0.5: square root; --loss cdt: gamma)", least=0, needs=POWER)
+    beta: float = cli.option(0.9999, "of effective numbers", least=0, most=0.9999999, needs=EFFECTIVE)
+    gamma: float = cli.option(2.0, "exponent of --loss focal", least=0, needs=dict(loss=("focal",)))
     sampling: str = cli.option(
         "class",
         "how images are drawn; class: a class, then one of its images; square-root: classes by the root of "
@@ -108,15 +108,15 @@ class Args(cli.Args):
     )
     deferred: bool = cli.option(True, "re-balancing begins with stage 2 (DRW, DRS), not with the run")
     mixup: str = cli.option("input", "what is mixed", choices=("none", "input", "manifold", "remix"))
-    alpha: float = cli.option(1.0, "lambda of mixup ~ Beta(alpha, alpha)", above=0)
+    alpha: float = cli.option(1.0, "lambda of mixup ~ Beta(alpha, alpha)", above=0, needs=MIXUP)
     generate: str = cli.option(
         "cam",
         "new images for stage 2; cam: their foregrounds moved (CAM-based sampling); image-trans: all moved",
         choices=("cam", "image-trans", "none"),
     )
-    cap: int | None = cli.option(None, "none for classes of this size on, at most so many below it", least=1)
-    cam_threshold: float = cli.option(1.0, "the foreground begins at so many times a map's mean", least=0)
-    rotation: int = cli.option(45, "largest rotation in degrees; lower it if that alters a class", least=0)
+    cap: int | None = cli.option(None, "only for classes below this, up to it", least=1, needs=GENERATE)
+    cam_threshold: float = cli.option(1.0, "the foreground begins at so many means", least=0, needs=CAM)
+    rotation: int = cli.option(45, "largest, in degrees; lower if it alters a class", least=0, needs=GENERATE)
     finetune: bool = cli.option(True, "stage 3: go on without mixup")
     warmup: int = cli.option(0, "epochs of linear warm-up, from lr / 3 on", least=0)
     lr_factor: float = cli.option(0.1, "factor on the learning rate at each step of stages 1 and 2", above=0)
@@ -128,17 +128,6 @@ class Args(cli.Args):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, what, given in (
-            ("power", "--reweight cost or --loss cdt", self.reweight == "cost" or self.loss == "cdt"),
-            ("beta", "--reweight effective", self.reweight == "effective"),
-            ("gamma", "--loss focal", self.loss == "focal"),
-            ("alpha", "--mixup", self.mixup != "none"),
-            ("cam_threshold", "--generate cam", self.generate == "cam"),
-            ("cap", "--generate", self.generate != "none"),
-            ("rotation", "--generate", self.generate != "none"),
-        ):
-            if not given and getattr(self, name) != getattr(Args, name):
-                cli.fail(f"{cli.flag(name)} {getattr(self, name)}: is for {what}; add that, or leave it out")
         if self.loss == "cdt" and self.reweight == "cost":
             cli.fail("--reweight cost: shares --power with --loss cdt; use one of them")
         if self.mixup == "none" and self.finetune:

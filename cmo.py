@@ -13,9 +13,11 @@ Differs:  where paper and released code disagree, this follows the code: Eq. (2)
           draws classes uniformly; foregrounds are drawn anew every epoch; half of the batches are mixed;
           the first 4 and the last 3 epochs are not (paper: 3 and 3); half sides of a box are floored; no
           jitter on iNaturalist; the rate on CIFAR falls to 1e-3, then 1e-5. Batch sizes and epochs are the
-          paper's. RIDE and LAS were not released with CMO: they are as in their own code, RIDE without its
-          router. CutMix, mixup and Remix mix when CMO does, half of the batches. In the recipe of 400 epochs
-          (--long) RandAugment is torchvision's, and the rate on CIFAR does not warm up beyond 0.1.
+          paper's. RIDE and LAS were not released with CMO: they are as in their own code, with their recipes,
+          RIDE without its router; its disagreement has no labels and counts once in a mixed batch. CutMix,
+          mixup and Remix mix when CMO does, half of the batches. In the recipe of 400 epochs (--long) the
+          augmentations are torchvision's (black borders, no jitter of magnitudes), batches on large sets have
+          256 images, and the rate on CIFAR does not warm up beyond 0.1.
           Unlike both: an incomplete last batch is dropped, foregrounds are loaded only for batches that are
           mixed, the result is the last epoch. --epochs moves neither --lr-steps nor --drw-epoch.
           Effective-number sampling as defined cannot give the paper's row (39.5).
@@ -39,10 +41,9 @@ from torchvision.transforms import v2
 from common import cli, datasets, evaluation, models, runs
 
 
-def by(usual, ride=None, long=None):
-    """A setting of the paper, for RIDE and for the 400 epochs of --long, where they have another."""
-    ride, long_ = usual if ride is None else ride, usual if long is None else long
-    return cli.By(lambda loss, long: long_ if long else ride if loss == "ride" else usual)
+def by(usual, **other):
+    """A setting of the paper; in `other` those that differ, of RIDE and of --long, the 400-epoch recipe."""
+    return cli.By(lambda loss, long: other.get("long" if long else loss, usual))
 
 
 def by_imbalance(*values):
@@ -57,12 +58,12 @@ ALL = dict(drw=by(False, ride=True),
            oversample=cli.By(lambda paste: "nothing" if paste == "remix" else "foreground"))
 CIFAR = dict(ALL, arch="resnet32", epochs=by(200, long=400), lr_steps=by((160, 180), long=(321, 361)),
              lr_factor=by(0.01, long=0.1), wd=by(2e-4, ride=5e-4), drw_epoch=by(160, long=320),
-             warmup=by(5, long=10), random_rotation=by(0, ride=15, long=0), contrastive=by(0.0, long=0.5),
-             auto_augment=by(False, long=True), cutout=by(0, long=16), las_tail=0.0)
+             warmup=by(5, long=10), random_rotation=by(0, ride=15), contrastive=by(0.0, long=0.5),
+             auto_augment=by(False, long=True), cutout=by(0, long=16))
 MNIST = dict(ALL, arch="lenet", epochs=8, lr=0.01, lr_steps=(6,), warmup=0, mix_start=-1, mix_end=1,
              drw_epoch=6)
 LARGE = dict(ALL, arch="resnet50", imbalance=None, lr_factor=0.1, wd=2e-4, diversity=-0.2, las_head=0.3,
-             las_tail=0.0, las_factor=0.05)
+             las_factor=0.05)
 FULL = dict(LARGE, lr=by(0.1, long=0.02), cosine=by(False, long=True), warmup=by(5, long=10),
             rand_augment=by(False, long=True), contrastive=by(0.0, long=0.5), las_batch_size=256)
 FILES = dict(LARGE, epochs=100, batch_size=128, lr_steps=(60, 80), drw_epoch=80)
@@ -88,8 +89,8 @@ RECIPES = {
 }
 # fmt: on
 LONG = ("cifar10_lt", "cifar100_lt", "imagenet_lt", "inat2018")
-STREAMS = ("foreground", "background", "both", "nothing")
-SCALE = 30.0  # LDAM's factor on the cosines
+SCALE = 30.0  # LDAM's and RIDE's factor on the cosines
+LAS, RIDE = dict(las=(True,)), dict(loss=("ride",))
 
 
 @dataclass
@@ -100,13 +101,13 @@ class Args(cli.Args):
         choices=("ce", "ldam", "bs", "ride"),
     )
     max_margin: float = cli.option(0.5, "LDAM's margin of the rarest class", above=0)
-    experts: int = cli.option(3, "ride: number of experts", least=2)
-    diversity: float = cli.option(-0.45, "ride: factor on the experts' disagreement; below 0 it is rewarded")
+    experts: int = cli.option(3, "number of experts", least=2, needs=RIDE)
+    diversity: float = cli.option(-0.45, "factor on their disagreement; below 0 rewards it", needs=RIDE)
     spread: float = cli.option(
-        0.05, "ride: how far, once re-weighted, class temperatures differ", least=0, most=1
+        0.05, "how RIDE's temperatures differ under --drw", least=0, most=1, needs=RIDE
     )
     drw: bool = cli.option(False, "deferred re-weighting: effective-number weights from --drw-epoch on")
-    drw_epoch: int = cli.option(160, "first 0-based epoch with class weights", least=0)
+    drw_epoch: int = cli.option(160, "first 0-based epoch of that", least=0, needs=dict(drw=(True,)))
     paste: str = cli.option(
         "cutmix",
         "what a mixed batch is: a box of the foreground pasted (CMO), a blend of both, that with Remix's "
@@ -118,7 +119,7 @@ class Args(cli.Args):
         "stream drawn by class weight: foreground (CMO), background (CMO_back; with --paste none random "
         "oversampling), both (CMO_minor); or nothing: foregrounds are the batch itself in another order, "
         "as in plain CutMix, mixup and Remix",
-        choices=STREAMS,
+        choices=("foreground", "background", "both", "nothing"),
     )
     weighting: str = cli.option("inverse", "n_k^-r or 1 / effective number", choices=("inverse", "effective"))
     r: float = cli.option(1.0, "exponent of Eq. (2): 0 natural, 1 class-balanced, 2 reversed", least=0)
@@ -131,27 +132,31 @@ class Args(cli.Args):
     cosine: bool = cli.option(False, "after the warm-up the rate falls along a cosine, not by --lr-steps")
     long: bool = cli.option(False, "the recipe of 400 epochs with strong augmentation, where there is one")
     las: bool = cli.option(False, "stage 2: label-aware smoothing of the classifier, the rest frozen")
-    las_epochs: int = cli.option(10, "epochs of stage 2", least=1)
-    las_batch_size: int = cli.option(128, "images per step of stage 2", least=1)
-    las_lr: float = cli.option(0.1, "learning rate of the scales, which falls along a cosine", above=0)
-    las_factor: float = cli.option(0.2, "factor on that for the classifier", least=0)
-    las_wd: float = cli.option(2e-4, "weight decay of stage 2", least=0)
-    las_head: float = cli.option(0.4, "smoothing of the largest class", least=0, most=1)
-    las_tail: float = cli.option(0.1, "smoothing of the smallest class", least=0, most=1)
-    las_shift_bn: bool = cli.option(True, "BatchNorm statistics go on moving in stage 2")
+    las_epochs: int = cli.option(10, "epochs of stage 2", least=1, needs=LAS)
+    las_batch_size: int = cli.option(128, "images per step of stage 2", least=1, needs=LAS)
+    las_lr: float = cli.option(0.1, "its rate, along a cosine, for a scale per class", above=0, needs=LAS)
+    las_factor: float = cli.option(0.2, "factor on that for the classifier", least=0, needs=LAS)
+    las_wd: float = cli.option(2e-4, "weight decay of stage 2", least=0, needs=LAS)
+    las_head: float = cli.option(0.4, "smoothing of the largest class", least=0, most=1, needs=LAS)
+    las_tail: float = cli.option(0.0, "smoothing of the smallest class", least=0, most=1, needs=LAS)
+    las_shift_bn: bool = cli.option(True, "BatchNorm statistics go on moving in stage 2", needs=LAS)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.long and self.dataset not in LONG:
-            cli.fail(f"--long: is a recipe of {', '.join(LONG)}, not of {self.dataset}; leave it out")
+        if self.long and (self.dataset not in LONG or self.loss == "ride"):
+            what = "--loss ride" if self.loss == "ride" else self.dataset
+            cli.fail(f"--long: is a recipe of {', '.join(LONG)}, and not of {what}; leave it out")
         if self.cosine and self.lr_steps:
-            cli.fail("--lr-steps: have no effect on a cosine; leave them out, or add --no-cosine")
+            cli.fail("--cosine: takes the place of --lr-steps; add --lr-steps without any, or leave it out")
         if self.loss == "ride" and self.arch == "lenet":
             cli.fail("--arch lenet: has no stages to make experts of; use a ResNet")
         if self.las and self.loss in ("ldam", "ride"):
             cli.fail(f"--las: is for linear classifiers, not for --loss {self.loss}; use ce or bs")
         if self.drw and self.drw_epoch >= self.epochs:
-            cli.fail(f"--drw-epoch {self.drw_epoch}: not before the end of --epochs {self.epochs}; lower it")
+            given = f"--drw-epoch {self.drw_epoch}"
+            cli.fail(f"{given}: not before the end of --epochs {self.epochs}; lower it, or add --no-drw")
+        if not self.las:  # nor has it to be a multiple of the processes
+            self.las_batch_size = self.batch_size
         if self.paste != "none" and not any(mixing_window(epoch, self) for epoch in range(self.epochs)):
             window = f"--mix-start {self.mix_start}, --mix-end {self.mix_end}"
             cli.fail(
@@ -265,8 +270,7 @@ class Experts(nn.Module):
 
 def class_temperatures(class_counts, spread):
     """RIDE's temperatures t_k / max t [K], with t_k = 1 + spread (K n_k / N - 1)."""
-    shares = class_counts.double() / class_counts.double().mean()
-    temperatures = 1 + spread * (shares - 1)
+    temperatures = 1 + spread * (class_counts.double() / class_counts.double().mean() - 1)
     return temperatures / temperatures.max()
 
 
@@ -346,12 +350,12 @@ def make_loader(train_set, stage, args):
     if stage == 1:
         batch, pairs, steps = args.batch_size, streams(train_set, args), len(train_set) // args.batch_size
     else:
-        batch = args.las_batch_size
-        steps = math.ceil(len(train_set) / batch) + 1
 
         def order(size, epoch, generator):
             return datasets.class_aware(size, train_set.labels, train_set.class_counts, generator)
 
+        batch = args.las_batch_size
+        steps = math.ceil(len(train_set) / batch) + 1
         pairs = datasets.EpochSampler(train_set, args.seed, order=order, size=steps * batch), None
 
     def wanted(epoch):
@@ -368,7 +372,7 @@ def make_optimizer(network, stage, args):
     if stage == 2:
         scale, linear, wd = network.classifier.scale, network.classifier.linear, args.las_wd
         groups = [dict(params=[scale], factor=1.0), dict(params=linear.parameters(), factor=args.las_factor)]
-    how = dict(momentum=0.9, weight_decay=wd, nesterov=stage == 1 and args.loss == "ride")
+    how = dict(momentum=0.9, weight_decay=wd, nesterov=args.loss == "ride")
     return torch.optim.SGD(groups, args.lr, **how)
 
 
@@ -378,7 +382,7 @@ def learning_rate(epoch, args):
         return args.las_lr * 0.5 * (1 + math.cos(math.pi * (epoch - args.epochs) / args.las_epochs))
     warm = min(1.0, (epoch + 1) / max(args.warmup, 1))
     if args.cosine:
-        share = max(0, epoch + 1 - args.warmup) / (args.epochs + 1 - args.warmup)
+        share = max(0, epoch + 1 - args.warmup) / max(1, args.epochs + 1 - args.warmup)
         return args.lr * warm * 0.5 * (1 + math.cos(math.pi * share))
     return args.lr * warm * args.lr_factor ** sum(epoch >= step for step in args.lr_steps)
 

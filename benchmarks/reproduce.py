@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,7 @@ def main(argv=None):
     )
     jobs = jobs_of(rows, args.seeds, folder, more)
     if args.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         print("\n".join(f"{name}: {shlex.join(words)}" for name, words, *_ in jobs))
         return
     threads = max(1, (os.cpu_count() or 1) // args.jobs)

@@ -11,6 +11,7 @@ import importlib
 import json
 import re
 import shlex
+import signal
 import statistics
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def matching(command, results):
 def cell(system, key, results):
     """`published / ours (seeds)`."""
     published, command = system["published"][key], system["command"]
+    published = "-" if published is None else published
     runs = matching(f"{command} --dataset {key}", results) if command else []
     if not runs:
         return f"{published} / -"
@@ -81,7 +83,8 @@ def column(key):
     given = dict(zip(rest, rest[1:], strict=False))
     kind, depth = re.match(r"([a-z_]*)(\d*)", given.get("--arch", "")).groups()
     network = f"{NETWORKS[kind]}-{depth}" if kind else None
-    return ", ".join(filter(None, [SETS[dataset], given.get("--imbalance"), network]))
+    long = "--long" if "--long" in rest else None
+    return ", ".join(filter(None, [SETS[dataset], given.get("--imbalance"), network, long]))
 
 
 def split(columns, kinds=("CIFAR|MNIST", "[^,]+")):
@@ -129,6 +132,7 @@ def commands():
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.systems", description=__doc__.splitlines()[0])
     parser.add_argument("--commands", action="store_true", help="a line for each figure, with its command")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     print("\n".join(commands()) if parser.parse_args(argv).commands else text())
 
 

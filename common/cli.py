@@ -29,13 +29,14 @@ def fail(*messages, here=False):
     raise SystemExit(2)
 
 
-def option(default, help, *, choices=None, least=None, above=None, most=None, hint="", bare=None):
+def option(default, help, *, choices=None, least=None, above=None, most=None, hint="", bare=None, needs=None):
     """A field of an Args class: default, help and limits (least <= value <= most, value > above).
 
-    `hint` ends the line that refuses a value; `bare` is the value of the option given without one.
+    `hint` ends the line that refuses a value; `bare` is the value of the option given without one. needs:
+    {option: values}, of which one has to hold, or this option has no effect and is refused where it is given.
     """
     limits = dict(choices=choices, least=least, above=above, most=most, hint=hint)
-    return dataclasses.field(default=default, metadata=dict(help=help, bare=bare, **limits))
+    return dataclasses.field(default=default, metadata=dict(help=help, bare=bare, needs=needs, **limits))
 
 
 class By:
@@ -111,7 +112,9 @@ class Args:
     overwrite: bool = option(False, "delete the run that the output folder holds")
     seed: int = option(0, "seed of initialisation, order and augmentation; the subset has its own", least=0)
     arch: str = option(
-        "resnet8", "network: CIFAR resnet8 to 56, ImageNet resnet10 to 152 and resnext50_32x4d, lenet"
+        "resnet8",
+        "network: CIFAR resnet8 to 56, ImageNet resnet10 to 152, resnext50_32x4d to 152, wide_resnet50_2, or "
+        "lenet",
     )
     epochs: int = option(10, "number of epochs", least=1)
     batch_size: int = option(128, "images per step over all processes", least=1)
@@ -219,8 +222,15 @@ def build(args_class, recipes, **given):
     dataset = given.get("dataset", args_class.dataset)
     if dataset not in recipes:
         fail(f"--dataset {dataset}: not one of {', '.join(recipes)}{nearest(dataset, recipes)}")
-    defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
-    return args_class(**resolve({**defaults, **recipes[dataset], **given}))
+    fields = {field.name: field for field in dataclasses.fields(args_class)}
+    defaults = {name: field.default for name, field in fields.items()}
+    args = args_class(**resolve({**defaults, **recipes[dataset], **given}))
+    for name, value in given.items():
+        needs = fields[name].metadata["needs"]
+        if needs and value != defaults[name] and not any(getattr(args, k) in v for k, v in needs.items()):
+            what = [flag(k) if v == (True,) else f"{flag(k)} {' or '.join(v)}" for k, v in needs.items()]
+            fail(f"{flag(name)} {value}: is for {' or '.join(what)}; add that, or leave it out")
+    return args
 
 
 def dashes(word):

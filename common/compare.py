@@ -56,14 +56,21 @@ def options(result):
     return {"script": result["script"], "precision": result["precision"], **named, **args}
 
 
+def by_seed(group, name):
+    """The accuracy `name` of each seed, a mean over its runs, where there is one."""
+    values = {}
+    for result in group:
+        if result[name] is not None:
+            values.setdefault(result["seed"], []).append(result[name])
+    return [statistics.mean(of_seed) for of_seed in values.values()]
+
+
 def spread(values):
     """Mean and, of several values, +- their standard deviation; `-` where there is none."""
-    values = [value for value in values if value is not None]
     if not values:
         return "-"
-    return f"{statistics.mean(values):.1f}" + (
-        f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    )
+    deviation = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def grouped(results):
@@ -94,7 +101,7 @@ def rows(results):
     names, groups = grouped(results)
     table = [[*names, *ACCURACIES, "seeds", "minutes", "GB", "commit"]]
     for cells, group in groups:
-        accuracies = [spread([result[name] for result in group]) for name in ACCURACIES]
+        accuracies = [spread(by_seed(group, name)) for name in ACCURACIES]
         minutes = statistics.mean(result["seconds"] for result in group) / 60
         memory = max(result["peak_memory_gb"] for result in group)
         commits = ", ".join(sorted({str(result["commit"]) for result in group}))
@@ -134,7 +141,7 @@ def draw(results, file):
         colour = colormaps["viridis"](0.9 * i / max(len(groups) - 1, 1))
         style = dict(color=colour, marker=MARKERS[i], ls=("-", "--", ":", "-.")[i % 4], ms=5, lw=1.2)
         handles.append(tuple(classes.plot(*class_curve(group), **style)))
-        shares = [[result[name] for result in group if result[name] is not None] for name in ACCURACIES]
+        shares = [by_seed(group, name) for name in ACCURACIES]
         heights = [statistics.mean(values) if values else 0 for values in shares]
         errors = [statistics.stdev(values) if len(values) > 1 else 0 for values in shares]
         places = [x + 0.8 * ((i + 0.5) / len(groups) - 0.5) for x in range(len(shares))]

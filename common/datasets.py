@@ -607,7 +607,7 @@ def read_all(root, paths, size):
 
 def read_folders(root, args):
     """(class names, statistics, (train paths, labels), (test paths, labels)) of train/ and test/ or val/."""
-    parts = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
+    parts = root / "train", root / "val" if (root / "val").is_dir() else root / "test"
     classes = []
     for part in parts:
         if not part.is_dir():

@@ -84,8 +84,8 @@ def cifar_backbone(depth, channels, narrow=1.0):
     narrow: a factor on the last two.
     """
     stages, blocks, second, third = [], (depth - 2) // 6, round(32 * narrow), round(64 * narrow)
-    for before, width in ((16, 16), (16, second), (second, third)):
-        first = BasicBlock(before, width, stride=1 if before == width else 2)
+    for before, width, stride in ((16, 16, 1), (16, second, 2), (second, third, 2)):
+        first = BasicBlock(before, width, stride)
         stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1))))
     return nn.Sequential(nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *stages)
 

@@ -192,7 +192,8 @@ class Run:
             if step % CHECK_EVERY == 0 or step == len(loader):
                 self.stats = self.means()
                 bar.set_postfix(loss=f"{self.stats['loss']:.4f}")
-        self.rate = len(loader) * self.args.batch_size / (time.perf_counter() - self.begun)
+        batch = getattr(loader, "total_batch_size", self.args.batch_size)
+        self.rate = len(loader) * batch / (time.perf_counter() - self.begun)
 
     def record(self, **values):
         """Keep this step's scalars, `loss` and any others, on the device; the log gets their means."""
@@ -275,6 +276,7 @@ class Run:
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, accelerate, np)},
                 "commit": self.commit,
                 "command": shlex.join([self.script, *sys.argv[1:]]) if self.is_command else None,
+                "parameters": sum(p.numel() for p in self.tracked["model"].parameters()),
                 "weights_sha256": weights_hash(self.tracked["model"].state_dict()),
                 "args": self.facts()["args"],
                 **facts,

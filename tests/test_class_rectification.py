@@ -68,6 +68,9 @@ def test_imbalance():
         ((1, 6, 2, 4), 0.5, [0, 2]),
         ((5, 2, 1), 1.0, [0, 1, 2]),
         ((5, 2, 1), 0.1, []),
+        ((58, 42), 0.58, [1]),
+        ((42, 58), 0.58, [0]),
+        ((58, 142), 0.29, [0]),  # 0.29 * 200 is a little less than 58
     ],
 )
 def test_minority(sizes, rho, expected):
@@ -221,6 +224,16 @@ def test_value_and_gradient_are_those_of_loops(form, level):
     assert met > 4 * few
 
 
+@pytest.mark.parametrize("kappa", [1, 2])
+def test_images_with_the_same_features_have_their_pairs(kappa):
+    features = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [0.6, 0.8], [0.8, 0.6]]).double()
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    options = Args(level="instance", kappa=kappa)
+    _, triplets = crl.rectification(features, labels, 2, options)
+    assert triplets == by_loops(features, labels, 2, "relative", "instance", 0.5, kappa, 0.0)[1]
+    assert triplets == 3 * kappa**2
+
+
 def test_margin_is_that_given():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(6, (24,), generator=generator)
@@ -314,13 +327,16 @@ def tiny(folder, name, **more):
 
 def test_limits_of_a_run(tmp_path):
     plain = run_here("cmo.py", **TINY, output_dir=tmp_path / "cmo", paste="none")["weights_sha256"]
-    assert tiny(tmp_path, "alpha", alpha=0.0)["weights_sha256"] == plain
+    assert tiny(tmp_path, "alpha", level="class", alpha=0.0)["weights_sha256"] == plain
     assert tiny(tmp_path, "equal", imbalance=1, epochs=1, lr_steps=())["alpha"] == 0
-    given = tiny(tmp_path, "crl")
+    given = tiny(tmp_path, "crl", level="class")
     assert given["weights_sha256"] != plain
-    own = tiny(tmp_path, "given", alpha=given["alpha"])
+    own = tiny(tmp_path, "given", level="class", alpha=given["alpha"])
     assert own["weights_sha256"] == given["weights_sha256"]
-    assert tiny(tmp_path, "start", crl_epoch=1)["weights_sha256"] not in (plain, given["weights_sha256"])
+    assert tiny(tmp_path, "start", level="class", crl_epoch=1)["weights_sha256"] not in (
+        plain,
+        given["weights_sha256"],
+    )
     before, after = lines_of(tmp_path / "start")
     assert "crl" not in before and before["loss"] == lines_of(tmp_path / "alpha")[0]["loss"]
     alpha, ce = after["loss"] - after["ce"], after["crl"] - after["ce"]  # every batch has triplets
@@ -366,6 +382,38 @@ def test_two_processes_have_the_gradient_of_one(form, level, tmp_path):
     assert moved >= len(one) / 2
 
 
+@pytest.mark.parametrize("level, width", [("class", 10), ("instance", 64)])
+def test_what_is_ranked(level, width, tmp_path, monkeypatch):
+    """Probabilities of the classes, or the features before the classifier."""
+    seen, original = [], crl.rectification
+    monkeypatch.setattr(
+        crl, "rectification", lambda scores, *of: seen.append(scores) or original(scores, *of)
+    )
+    tiny(tmp_path, "run", level=level, epochs=1, lr_steps=())
+    assert all(scores.shape == (64, width) for scores in seen)
+    probable = all(torch.allclose(scores.sum(1), torch.ones(64)) for scores in seen)
+    assert probable == (level == "class")
+
+
+# Recipes
+
+
+def test_defaults_are_those_of_the_paper():
+    args = Args()
+    assert (args.form, args.level, args.rho, args.eta, args.kappa) == ("relative", "class", 0.5, 0.01, 25)
+    assert (args.alpha, args.margin, args.crl_epoch) == (None, None, 0)
+
+
+def test_recipes():
+    names = "arch epochs batch_size lr lr_steps lr_factor wd warmup level"
+    cifar = ["resnet32", 200, 128, 0.1, (160, 180), 0.01, 2e-4, 5, "class"]
+    for dataset in ("cifar10_lt", "cifar100_lt"):
+        args = cli.build(Args, crl.RECIPES, dataset=dataset)
+        assert [getattr(args, name) for name in names.split()] == cifar
+    rates = [crl.learning_rate(epoch, args) for epoch in (0, 4, 159, 160, 180)]
+    assert rates == pytest.approx([0.02, 0.1, 0.1, 1e-3, 1e-5])
+
+
 # What is refused
 
 
@@ -373,7 +421,10 @@ def test_two_processes_have_the_gradient_of_one(form, level, tmp_path):
     "given, start",
     [
         (dict(crl_epoch=40), "--crl-epoch 40: not before the end of --epochs 40; lower it"),
-        (dict(form="distribution", margin=0.5), "--margin 0.5: is of --form relative and absolute"),
+        (
+            dict(form="distribution", margin=0.5),
+            "--margin 0.5: is for --form relative or absolute; add that, or leave it out",
+        ),
         (dict(alpha=0.2, eta=0.02), "--eta 0.02: --alpha 0.2 takes its place; leave one out"),
         (dict(alpha=1.5), "--alpha 1.5: must be at most 1"),
         (dict(rho=1.5), "--rho 1.5: must be at most 1"),
@@ -399,5 +450,15 @@ def test_alpha_beyond_1(tmp_path, capsys):
 def test_equal_classes_are_told(capsys):
     assert crl.find_alpha(torch.tensor([5, 5]), Args()) == 0
     line = capsys.readouterr().err
-    assert line.startswith("note: imbalance 0.00 %, alpha 0.0000, as all classes are equal: plain cross-en")
+    assert "0.00 % of the images would have to move for equal classes; alpha 0.0000\n" in line
+    assert "note: all classes are equal, so this is plain cross-entropy" in line
     assert crl.find_alpha(torch.tensor([5, 5]), Args(alpha=0.1)) == 0.1
+    assert capsys.readouterr().err.endswith("alpha 0.1000\n")
+
+
+@pytest.mark.parametrize("counts", [(500, 5), (20, 14, 11), (7, 2, 1)])
+def test_the_largest_eta_that_is_named_works(counts, capsys):
+    counts = torch.tensor(counts)
+    line = refusal(lambda: crl.find_alpha(counts, Args(eta=1.0)), capsys)
+    most = float(line.rsplit(" ", 1)[1])
+    assert 0.98 < crl.find_alpha(counts, Args(eta=most)) <= 1

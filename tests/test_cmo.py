@@ -327,6 +327,9 @@ def test_from_the_switch_on_temperatures_and_weights_hold():
     close(term, -0.205419, 1e-5)
     close(ride_loss(159, drw=True), 3.685274, 1e-5)
     close(ride_loss(160, drw=False), 3.685274, 1e-5)
+    temperatures = cmo.class_temperatures(COUNTS, 0.5)
+    apart = cmo.disagreement(EXPERTS, temperatures) * temperatures.mean() ** 2
+    close(ride_loss(160, drw=True, spread=0.5, diversity=-1.0), (3.913824 - apart).squeeze(), 1e-5)
     logits = EXPERTS.expand(2, 3, 3)
     weights = cmo.class_weights(COUNTS, "effective")[[0, 2]]
     each = torch.stack([ride_loss(labels=(label,), diversity=0.0) for label in (0, 2)])
@@ -350,9 +353,9 @@ def test_no_gradient_through_the_mean():
     close(logits.grad, EXPERTS.softmax(2) - EXPERTS.mean(1, keepdim=True).softmax(2), 1e-6)
 
 
-def experts(arch, num_classes, count=3, shape=(3, 32, 32)):
-    train_set = SimpleNamespace(num_classes=num_classes, shape=shape)
-    return cmo.make_network(train_set, Args(arch=arch, loss="ride", experts=count))
+def experts(arch, num_classes, count=3, seed=0):
+    train_set = SimpleNamespace(num_classes=num_classes, shape=(3, 32, 32))
+    return cmo.make_network(train_set, Args(arch=arch, loss="ride", experts=count, seed=seed))
 
 
 def test_parameters_of_experts():
@@ -384,6 +387,10 @@ def test_experts_predict_with_their_mean():
     network, images = experts("resnet8", 5), torch.randn(2, 3, 32, 32)
     first, second = (expert.classifier.weight for expert in network.experts[:2])
     assert not first.equal(second)  # each begins with weights of its own
+    assert not first.equal(experts("resnet8", 5, seed=1).experts[0].classifier.weight)
+    assert {expert.classifier.scale for expert in network.experts} == {30.0}
+    train_set = SimpleNamespace(num_classes=5, shape=(3, 32, 32))
+    assert cmo.make_network(train_set, Args(loss="ldam")).classifier.scale == 30.0
     each = network.eval()(images)
     maps = network.trunk(images)
     close(each, torch.stack([expert(maps) for expert in network.experts]).mean(0), 1e-5)
@@ -403,6 +410,9 @@ def test_experts_predict_with_their_mean():
         (500, 400, 0.4, 0.4),
         (150, 50, 0.49, 0),
         (149, 50, 0.49, 0.49),
+        (150, 50, 0.5, 0.5),
+        (50, 150, 0.51, 1),
+        (50, 150, 0.5, 0.5),
     ],
 )
 def test_remix(n_i, n_j, lam, share):
@@ -416,6 +426,7 @@ def test_smoothing():
     close(cmo.smoothing(COUNTS, 0.4, 0.1), [0.4, 0.142694, 0.1])
     close(cmo.smoothing(COUNTS, 0.3, 0.0), [0.3, 0.042694, 0])
     close(cmo.smoothing(CIFAR100)[[0, 35, 50, 99]], [0.4, 0.187256, 0.140809, 0.1])
+    close(cmo.smoothing(torch.tensor([7, 7])), [0.1, 0.1])  # of equal classes
 
 
 def test_smoothed_losses():
@@ -455,12 +466,13 @@ def test_rates_and_batches_of_stage_2(tmp_path):
     args = tiny(tmp_path, las=True, las_batch_size=50, las_factor=0.2)
     rates = [cmo.learning_rate(2 + epoch, args) for epoch in (0, 5, 9)]
     close(rates, [0.1, 0.05, 0.05 * (1 + np.cos(0.9 * np.pi))], 1e-9)
+    close(cmo.learning_rate(3, tiny(tmp_path, las=True, las_epochs=2)), 0.05, 1e-9)
+    assert not any(cmo.mixing_window(epoch, args) for epoch in range(2, 12))
     train_set = datasets.load(args)[0]
     loader = cmo.make_loader(train_set, 2, args)
     assert len(loader) == -(-1236 // 50) + 1
     classes = torch.cat([labels for (_, labels), foreground in loader if foreground is None])
-    assert classes.view(-1, 2)[::2].eq(classes.view(-1, 2)[::2, :1]).all()
-    assert classes[:40].view(10, 4).eq(classes[:40].view(10, 4)[:, :1]).all()  # four of a class in a row
+    assert classes.view(-1, 4).eq(classes.view(-1, 4)[:, :1]).all()  # four of a class in a row
     assert sorted(classes[:40:4].tolist()) == list(range(10))
     network = models.build("resnet8", 10, 0)
     network.classifier = models.ScaledClassifier(network.classifier)
@@ -468,6 +480,18 @@ def test_rates_and_batches_of_stage_2(tmp_path):
     assert (scale["factor"], linear["factor"], linear["weight_decay"]) == (1.0, 0.2, 2e-4)
     assert scale["params"] == [network.classifier.scale] and len(linear["params"]) == 2
     assert not scale["nesterov"] and scale["momentum"] == 0.9
+
+
+def test_rates_of_scales_and_classifier(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(run, model, loader, optimizer, train_set, epoch, args):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+
+    monkeypatch.setattr(cmo, "train_one_epoch", spy)
+    cmo.main(tiny(tmp_path, las=True, las_epochs=2, las_factor=0.3))
+    close(torch.tensor(seen[2:]), [[0.1, 0.03], [0.05, 0.015]], 1e-7)
+    assert [len(rates) for rates in seen] == [1, 1, 2, 2]
 
 
 @pytest.mark.slow
@@ -511,25 +535,28 @@ def test_learning_rate_of_400_epochs():
 def test_recipes_of_400_epochs():
     args = cli.build(Args, cmo.RECIPES, dataset="cifar100_lt", loss="bs", long=True)
     assert (args.epochs, args.auto_augment, args.cutout, args.contrastive) == (400, True, 16, 0.5)
+    assert (args.wd, args.lr, args.batch_size, args.drw_epoch) == (2e-4, 0.1, 128, 320)
     assert [cmo.mixing_window(epoch, args) for epoch in (3, 4, 396, 397)] == [False, True, True, False]
     for dataset, wd in (("imagenet_lt", 5e-4), ("inat2018", 1e-4)):
         args = cli.build(Args, cmo.RECIPES, dataset=dataset, loss="bs", long=True)
         assert (args.epochs, args.rand_augment, args.contrastive, args.color_jitter) == (400, True, 0.5, 0.4)
         assert (args.wd, args.batch_size, args.lr, args.cosine) == (wd, 256, 0.02, True)
+        assert args.drw_epoch == 320
         usual = cli.build(Args, cmo.RECIPES, dataset=dataset)
         assert not (usual.rand_augment or usual.contrastive or usual.cosine)
 
 
 @pytest.mark.parametrize(
-    "dataset, wd, epochs, lr, lr_steps, drw_epoch, diversity, spread, rotation",
+    "dataset, batch, wd, epochs, lr, lr_steps, drw_epoch, diversity, spread, rotation",
     [
-        ("cifar100_lt", 5e-4, 200, 0.1, (160, 180), 160, -0.45, 0.05, 15),
-        ("imagenet_lt", 2e-4, 100, 0.1, (60, 80), 80, -0.2, 0.02, 0),
-        ("inat2018", 2e-4, 100, 0.2, (60, 80), 80, -0.2, 0.015, 0),
+        ("cifar100_lt", 128, 5e-4, 200, 0.1, (160, 180), 160, -0.45, 0.05, 15),
+        ("imagenet_lt", 256, 2e-4, 100, 0.1, (60, 80), 80, -0.2, 0.02, 0),
+        ("inat2018", 512, 2e-4, 100, 0.2, (60, 80), 80, -0.2, 0.015, 0),
     ],
 )
-def test_recipes_of_ride(dataset, wd, epochs, lr, lr_steps, drw_epoch, diversity, spread, rotation):
+def test_recipes_of_ride(dataset, batch, wd, epochs, lr, lr_steps, drw_epoch, diversity, spread, rotation):
     args = cli.build(Args, cmo.RECIPES, dataset=dataset, loss="ride")
+    assert args.batch_size == batch and args.experts == 3
     assert (args.wd, args.epochs, args.lr, args.lr_steps) == (wd, epochs, lr, lr_steps)
     assert (args.diversity, args.spread, args.random_rotation) == (diversity, spread, rotation)
     assert args.drw and args.drw_epoch == drw_epoch
@@ -569,16 +596,48 @@ def test_recipes_of_smoothing(dataset, imbalance, head, tail, factor, shift_bn):
     [
         (
             dict(long=True),
-            "--long: is a recipe of cifar10_lt, cifar100_lt, imagenet_lt, inat2018, not of synthetic",
+            "--long: is a recipe of cifar10_lt, cifar100_lt, imagenet_lt, inat2018, and not of sy",
         ),
-        (dict(cosine=True), "--lr-steps: have no effect on a cosine; leave them out, or add --no-cosine"),
+        (
+            dict(long=True, dataset="cifar10_lt", loss="ride"),
+            "--long: is a recipe of cifar10_lt, cifar100_lt, ",
+        ),
+        (
+            dict(cosine=True),
+            "--cosine: takes the place of --lr-steps; add --lr-steps without any, or leave it",
+        ),
         (dict(loss="ride", arch="lenet"), "--arch lenet: has no stages to make experts of; use a ResNet"),
         (dict(loss="ldam", las=True), "--las: is for linear classifiers, not for --loss ldam; use ce or bs"),
+        (dict(loss="ride", las=True), "--las: is for linear classifiers, not for --loss ride; use ce or bs"),
+        (dict(experts=4), "--experts 4: is for --loss ride; add that, or leave it out"),
+        (dict(drw_epoch=3), "--drw-epoch 3: is for --drw; add that, or leave it out"),
+        (dict(las_lr=0.2), "--las-lr 0.2: is for --las; add that, or leave it out"),
+        (
+            dict(loss="ride", epochs=10),
+            "--drw-epoch 28: not before the end of --epochs 10; lower it, or add --no",
+        ),
         (dict(loss="ride", experts=1), "--experts 1: must be at least 2"),
     ],
 )
 def test_refusals(given, start, capsys):
     assert refusal(lambda: cli.build(Args, cmo.RECIPES, **given), capsys).startswith(start)
+
+
+def test_remix_is_of_a_batch():
+    for dataset in cmo.RECIPES:
+        remix = cli.build(Args, cmo.RECIPES, dataset=dataset, paste="remix")
+        usual = cli.build(Args, cmo.RECIPES, dataset=dataset)
+        assert (remix.oversample, usual.oversample) == ("nothing", "foreground")
+
+
+def test_cosine_that_ends_with_its_warm_up():
+    args = Args(epochs=9, warmup=10, cosine=True, mix_end=0)
+    close([cmo.learning_rate(epoch, args) for epoch in (0, 8)], [0.01, 0.09], 1e-9)
+
+
+def test_the_batch_of_stage_2_matters_in_stage_2_alone():
+    assert Args(batch_size=126).las_batch_size == 126
+    assert Args(batch_size=126, las=True).las_batch_size == 128
 
 
 def test_learning_rate():

@@ -118,6 +118,8 @@ def test_share_for_a_tail_ratio():
         rare = eql.rare_classes(counts, share)
         one_more = eql.rare_classes(counts, math.nextafter(share, 1))
         assert counts[rare].sum() / counts.sum() <= 0.1 < counts[one_more].sum() / counts.sum()
+    shares = eql.share_for_tail_ratio(torch.tensor([7, 2, 1]), 0.3)
+    assert eql.rare_classes(torch.tensor([7, 2, 1]), shares).tolist() == [False, True, True]
     equal = torch.tensor([5, 5, 5])
     assert not eql.rare_classes(equal, eql.share_for_tail_ratio(equal, 0.5)).any()
     assert eql.share_for_tail_ratio(COUNTS, 1.0) == math.inf
@@ -175,10 +177,15 @@ def test_the_gradients_are_those_of_autograd():
     close(eql.eqlv2(logits, labels, ones, ones)[0].detach(), plain.detach(), 1e-6)
 
 
-def test_biases_begin_at_one_of_k():
+def test_biases_begin_at_one_of_k(tmp_path):
     train_set = SimpleNamespace(num_classes=10, shape=(3, 16, 16))
     network = eql.make_network(train_set, Args(loss="eqlv2"))
     close(network.classifier.bias.detach().sigmoid(), [0.1] * 10, 1e-6)
+    assert (
+        not eql.make_network(train_set, Args()).classifier.bias.detach().sigmoid().allclose(torch.tensor(0.1))
+    )
+    tiny(tmp_path, "run", loss="eqlv2", lr=1e-12, epochs=1, lr_steps=())
+    close(state_of(tmp_path / "run", 0)["classifier.bias"].sigmoid(), [0.1] * 10, 1e-6)
 
 
 # softmax_eql
@@ -202,6 +209,92 @@ def test_without_gradients_it_is_cross_entropy():
         close(losses, [0.4076060, 1.4076060, 2.4076060], 1e-6)
 
 
+@pytest.mark.parametrize("loss", ["seql", "eqlv2", "softmax_eql"])
+def test_the_order_of_a_batch_does_not_matter(loss):
+    logits, labels = torch.randn(6, 4, generator=torch.manual_seed(0)), torch.tensor([0, 1, 2, 3, 0, 0])
+    order, drop = torch.tensor([3, 1, 5, 0, 2, 4]), torch.rand(6, 4) < 0.3
+    drop &= ~F.one_hot(labels, 4).bool()
+    g, weights = torch.tensor([3.0, 1, 0.2, 0]).double(), (torch.rand(4) + 1, torch.rand(4))
+    call = dict(
+        seql=lambda at: (eql.seql(logits[at], labels[at], drop[at]),),
+        eqlv2=lambda at: eql.eqlv2(logits[at], labels[at], *weights),
+        softmax_eql=lambda at: eql.softmax_eql(logits[at], labels[at], g),
+    )[loss]
+    (losses, *sums), (permuted, *same) = call(torch.arange(6)), call(order)
+    close(permuted, losses[order], 1e-6)
+    for one, other in zip(sums, same, strict=True):
+        close(one, other, 1e-6)
+
+
+def test_eqlv2_is_not_of_a_softmax():
+    ones, label = torch.ones(3), torch.tensor([0])
+    assert eql.eqlv2(Z, label, ones, ones)[0] != eql.eqlv2(Z + 1, label, ones, ones)[0]
+
+
+# The training step
+
+
+class Recorder(torch.nn.Module):
+    """Answers every image with the same logits."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, images):
+        return self.logits
+
+
+class OneStep:
+    """The part of a Run that train_one_epoch uses, for batches that are given."""
+
+    def __init__(self):
+        self.accelerator, self.losses = Accelerator(), []
+
+    def steps(self, loader):
+        return loader
+
+    def record(self, loss):
+        self.losses.append(loss.item())
+
+
+def train(logits, labels, args, steps=1, rare=None):
+    """(loss of each step, gradients) of a network that never changes."""
+    model, run, gradients = Recorder(logits), OneStep(), eql.Gradients(logits.shape[1])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    eql.train_one_epoch(run, model, [(None, labels)] * steps, optimizer, gradients, rare, args)
+    return run.losses, gradients
+
+
+def test_two_steps_of_training():
+    """The weights of a step are of the ratio before it; check G of the specification."""
+    logits, labels = torch.tensor([[0, 0, 0], [0, math.log(3), -math.log(3)]]), torch.tensor([0, 1])
+    losses, gradients = train(logits, labels, Args(loss="eqlv2"), steps=2)
+    close(losses, [1.6740, 1.4928])
+    one, _ = train(logits, labels, Args(loss="eqlv2", slope=5.0, mu=0.5, alpha=1.0), steps=2)
+    weights = eql.eqlv2_weights(torch.tensor([1.0, 0.5, 0.0]), 5.0, 0.5, 1.0)
+    close(one[1], eql.eqlv2(logits, labels, *weights)[0].mean())
+
+
+def test_a_step_has_the_prior_of_the_steps_before():
+    losses, gradients = train(Z, torch.tensor([0]), Args(loss="softmax_eql", tau=0.5), steps=2)
+    first = 1 - math.exp(-0.4076060)
+    expected, second = eql.softmax_eql(Z, torch.tensor([0]), torch.tensor([first, 0, 0]).double(), 0.5)
+    close(losses, [0.4076060, expected.item()], 1e-6)
+    close(gradients.positive[0], first + second[0].item(), 1e-6)
+
+
+def test_rare_classes_drop_out_one_by_one():
+    """Two of four classes rare: the mean over draws of each class of each image on its own."""
+    logits, labels = torch.zeros(40_000, 4), torch.zeros(40_000, dtype=torch.int64)
+    rare = torch.tensor([False, False, True, True])
+    torch.manual_seed(0)
+    (loss,), _ = train(logits, labels, Args(gamma=0.9), rare=rare)
+    close(loss, 0.81 * math.log(2) + 0.18 * math.log(3) + 0.01 * math.log(4), 0.003)
+    (loss,), _ = train(logits, labels, Args(gamma=1.0), rare=rare)
+    close(loss, math.log(2), 1e-6)
+
+
 # Runs
 
 
@@ -213,6 +306,7 @@ def tiny(folder, name, **more):
 def test_what_is_learned_is_saved_and_logged(loss, tmp_path):
     tiny(tmp_path, "run", loss=loss)
     saved = state_of(tmp_path / "run", 1, "gradients")
+    assert (saved["positive"] > state_of(tmp_path / "run", 0, "gradients")["positive"]).all()  # they add up
     assert saved["positive"].dtype == torch.float64 and (saved["positive"] > 0).all()
     logged = lines_of(tmp_path / "run")[-1]
     expected = saved["positive"] / (saved["negative"] + 1e-10) if loss == "eqlv2" else saved["positive"]
@@ -258,17 +352,56 @@ def test_learning_rate():
     assert [eql.learning_rate(epoch, imagenet) for epoch in (0, 3)] == pytest.approx([0.175, 0.4])
 
 
+def values(dataset, names, **given):
+    args = cli.build(Args, eql.RECIPES, dataset=dataset, **given)
+    return [getattr(args, name) for name in names.split()]
+
+
 def test_recipes():
-    """Published values; those of the paper are iterations, 12,800, with falls at 6,400 and 9,600."""
-    for long, expected in ((False, (128, 0.005, 0.9, 2e-4, False)), (True, (256, 0.003, 0.95, 1e-4, True))):
-        args = cli.build(Args, eql.RECIPES, dataset="cifar100_lt", long=long)
-        assert (args.batch_size, args.tail_share, args.gamma, args.wd, args.nesterov) == expected
-        assert (args.auto_augment, args.cutout) == (long, 16 * long)
-        if long:
-            steps = 9_502 // 256
-            assert (args.epochs, *args.lr_steps) == tuple(round(n / steps) for n in (12_800, 6_400, 9_600))
-    assert cli.build(Args, eql.RECIPES, dataset="cifar10_lt", loss="ce").tail_share is None
-    assert cli.build(Args, eql.RECIPES, dataset="imagenet_lt").tail_share == 4.3e-4
+    """Published values; those of the paper on CIFAR-100 are iterations: 12,800, falls at 6,400 and 9,600."""
+    names = "arch epochs batch_size lr lr_steps lr_factor wd warmup warmup_from nesterov tail_share gamma"
+    usual = ["resnet32", 200, 128, 0.1, (160, 180), 0.01, 2e-4, 5, 0, False]
+    assert values("cifar100_lt", names) == [*usual, 0.005, 0.9]
+    assert values("cifar10_lt", names) == [*usual, 0.03, 0.9]
+    assert values("cifar100_lt", "auto_augment cutout") == [False, 0]
+    steps = 9_502 // 256
+    epochs, *falls = (round(n / steps) for n in (12_800, 6_400, 9_600))
+    paper = ["resnet32", epochs, 256, 0.2, tuple(falls), 0.1, 1e-4, round(400 / steps), 0.1, True]
+    assert values("cifar100_lt", names, long=True) == [*paper, 0.003, 0.95]
+    assert values("cifar100_lt", "auto_augment cutout", long=True) == [True, 16]
+    imagenet = ["resnet10", 106, 1024, 0.4, (30, 60, 90), 0.1, 1e-4, 4, 0.1, False, 4.3e-4, 0.9]
+    assert values("imagenet_lt", names) == imagenet
+    assert [Args().slope, Args().mu, Args().alpha, Args().tau, Args().tail_ratio] == [12, 0.8, 4, 1, 0.1]
+
+
+def test_rare_classes_of_imagenet():
+    counts = torch.tensor([115_846 - 99, 50, 49])
+    assert eql.rare_classes(counts, 4.3e-4).tolist() == [False, False, True]
+
+
+def test_a_tail_ratio_takes_the_place_of_the_published_share(capsys):
+    assert values("cifar100_lt", "tail_share tail_ratio", tail_ratio=0.02) == [None, 0.02]
+    line = refusal(lambda: values("cifar100_lt", "", tail_ratio=0.02, tail_share=0.01), capsys)
+    assert line == "--tail-ratio 0.02: --tail-share 0.01 takes its place; leave one out"
+
+
+def test_optimiser(tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(run, model, loader, optimizer, gradients, rare, args):
+        seen.update(optimizer.param_groups[0], rare=rare)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eql, "train_one_epoch", spy)
+    with pytest.raises(KeyboardInterrupt):
+        tiny(tmp_path, "run", nesterov=True, wd=3e-4)
+    assert (seen["momentum"], seen["weight_decay"], seen["nesterov"]) == (0.9, 3e-4, True)
+    assert seen["rare"].tolist() == [False] * 5 + [True] * 5  # 87 of 1,236 images; with the next class 12 %
+
+
+def test_cross_entropy_is_that_of_cmo(tmp_path):
+    plain = run_here("cmo.py", **TINY, paste="none", output_dir=tmp_path / "cmo")["weights_sha256"]
+    assert tiny(tmp_path, "ce", loss="ce")["weights_sha256"] == plain
 
 
 def test_limits_of_a_run(tmp_path):
@@ -296,9 +429,9 @@ def test_shares_that_leave_nothing(given, start, tmp_path, capsys):
 @pytest.mark.parametrize(
     "given, start",
     [
-        (dict(loss="ce", gamma=0.5), "--gamma 0.5: is of --loss seql, not ce; leave it out"),
-        (dict(loss="seql", tau=0.5), "--tau 0.5: is of --loss softmax_eql, not seql; leave it out"),
-        (dict(loss="seql", mu=0.5), "--mu 0.5: is of --loss eqlv2, not seql; leave it out"),
+        (dict(loss="ce", gamma=0.5), "--gamma 0.5: is for --loss seql; add that, or leave it out"),
+        (dict(loss="seql", tau=0.5), "--tau 0.5: is for --loss softmax_eql; add that, or leave it out"),
+        (dict(loss="seql", mu=0.5), "--mu 0.5: is for --loss eqlv2; add that, or leave it out"),
         (dict(gamma=1.5), "--gamma 1.5: must be at most 1"),
         (
             dict(long=True),

@@ -48,6 +48,13 @@ def test_options_of_one_script_make_columns_beside_another():
     ]
 
 
+def test_two_runs_of_a_seed_have_no_spread():
+    (_, row) = compare.rows([result(0, 50.0), result(0, 52.0)])
+    assert row[1] == "51.0" and row[5] == "1"
+    (_, row) = compare.rows([result(0, 50.0), result(0, 52.0), result(1, 53.0)])
+    assert row[1] == "52.0 +- 1.4" and row[5] == "2"
+
+
 def test_files_and_folders(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text(json.dumps(result(0, 50.0), indent=1))
