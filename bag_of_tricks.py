@@ -97,8 +97,8 @@ class Args(cli.Args):
         "class weights; cost: cost-sensitive; effective: class-balanced, by effective numbers",
         choices=("none", "cost", "effective"),
     )
-    power: float = cli.option(1.0, "exponent (0.5: square root; --loss cdt: gamma)", least=0, needs=POWER)
-    beta: float = cli.option(0.9999, "of effective numbers", least=0, most=0.9999999, needs=EFFECTIVE)
+    power: float = cli.option(1.0, "exponent of the weights or temperatures", least=0, needs=POWER)
+    beta: float = cli.option(0.9999, "beta of effective numbers", least=0, most=0.9999999, needs=EFFECTIVE)
     gamma: float = cli.option(2.0, "exponent of --loss focal", least=0, needs=dict(loss=("focal",)))
     sampling: str = cli.option(
         "class",

@@ -194,6 +194,8 @@ def make_parser(args_class, doc, defaults):
         hint, default, extra = hints[field.name], defaults[field.name], field.metadata
         kind, *rest = typing.get_args(hint) or (hint,)  # of `float | None` and `tuple[int, ...]` the first
         help = extra["help"].replace("%", "%%")
+        if extra["needs"]:
+            help += f"; for {needed(extra['needs'])}"
         if default is not None and default is not False and default != ():
             shown = "on" if default is True else default
             help += f" (default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
@@ -217,6 +219,11 @@ def make_parser(args_class, doc, defaults):
     return parser
 
 
+def needed(needs):
+    """The `needs` of an option in words: --loss ldam or ride."""
+    return " or ".join(flag(k) if v == (True,) else f"{flag(k)} {' or '.join(v)}" for k, v in needs.items())
+
+
 def build(args_class, recipes, **given):
     """Args: the values given over the recipe of given["dataset"] over the fields' defaults."""
     dataset = given.get("dataset", args_class.dataset)
@@ -228,8 +235,7 @@ def build(args_class, recipes, **given):
     for name, value in given.items():
         needs = fields[name].metadata["needs"]
         if needs and value != defaults[name] and not any(getattr(args, k) in v for k, v in needs.items()):
-            what = [flag(k) if v == (True,) else f"{flag(k)} {' or '.join(v)}" for k, v in needs.items()]
-            fail(f"{flag(name)} {value}: is for {' or '.join(what)}; add that, or leave it out")
+            fail(f"{flag(name)} {value}: is for {needed(needs)}; add that, or leave it out")
     return args
 
 

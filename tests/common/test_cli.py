@@ -14,6 +14,8 @@ RECIPES = {"synthetic": dict(lr=0.3, lr_steps=(2, 3)), "imagenet_lt": dict(lr=0.
 class Args(cli.Args):
     tau: float = cli.option(1.0, "strength, 100% at 1", least=0, most=2)
     fast: bool = cli.option(False, "quicker")
+    colour: str = cli.option("red", "which", choices=("red", "blue", "green"))
+    shade: float = cli.option(0.5, "how dark", needs=dict(colour=("blue", "green"), fast=(True,)))
 
 
 def parse(line):
@@ -130,3 +132,15 @@ def test_recipe_that_goes_by_several_options(capsys):
     assert "number of epochs (default: 57)" in " ".join(capsys.readouterr().out.split())
     line = refusal(lambda: cli.parse(cli.Args, recipes, "", ["--imbalance", "x"]), capsys)
     assert line == "--imbalance: 'x' is not a number"
+
+
+def test_an_option_without_effect_is_refused(capsys):
+    line = refusal(lambda: parse("--shade 0.7"), capsys)
+    assert line == "--shade 0.7: is for --colour blue or green or --fast; add that, or leave it out"
+    assert parse("--shade 0.7 --colour blue").shade == parse("--shade 0.7 --fast").shade == 0.7
+    assert parse("--shade 0.5").shade == 0.5  # as it is anyway
+    recipes = {"synthetic": dict(shade=0.9)}
+    assert cli.build(Args, recipes).shade == 0.9  # a recipe may set it whatever the others are
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "how dark; for --colour blue or green or --fast" in " ".join(capsys.readouterr().out.split())
