@@ -85,7 +85,7 @@ RECIPES = {
     "image_folder": FILES,
     "image_list": FILES,
     "synthetic": dict(ALL, epochs=40, batch_size=32, lr_steps=(28, 36), lr_factor=0.01, wd=5e-4,
-                      warmup=2, mix_start=0, mix_end=1, drw_epoch=28, las_batch_size=32),
+                      warmup=2, mix_start=0, mix_end=1, drw_epoch=28, las_batch_size=32, las_shift_bn=False),
 }
 # fmt: on
 LONG = ("cifar10_lt", "cifar100_lt", "imagenet_lt", "inat2018")
