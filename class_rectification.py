@@ -48,8 +48,8 @@ RECIPES = {
     "mnist_lt": MNIST,
     "fashion_mnist_lt": MNIST,
     "cmnist_lt": MNIST,
-    "image_folder": dict(LARGE, batch_size=128, warmup=0),
-    "image_list": dict(LARGE, batch_size=128, warmup=0),
+    "image_folder": dict(LARGE, batch_size=128),
+    "image_list": dict(LARGE, batch_size=128),
     # at class level the rarest classes lose on it (README)
     "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), lr_factor=0.01, wd=5e-4, warmup=2,
                       level="instance"),

@@ -60,16 +60,15 @@ LARGE = dict(arch="resnet50", imbalance=None, epochs=100, batch_size=256, lr_ste
 MNIST = dict(arch="lenet", epochs=8, lr=0.01, lr_steps=(6,), lr_factor=0.01)
 RECIPES = {
     "cifar10_lt": dict(CIFAR, tail_share=published(0.03)),
-    "cifar100_lt": dict(CIFAR, tail_share=published(0.005, 0.003), gamma=cli.By(
-        lambda loss, long: 0.95 if loss == "seql" and long else 0.9)),
+    "cifar100_lt": dict(CIFAR, tail_share=published(0.005, 0.003), gamma=by_long(0.9, 0.95)),
     "imagenet_lt": dict(LARGE, arch="resnet10", epochs=106, batch_size=1024, lr=0.4, lr_steps=(30, 60, 90),
                         wd=1e-4, warmup=4, warmup_from=0.1, color_jitter=0.4, tail_share=published(4.3e-4)),
     "inat2018": dict(LARGE, epochs=200, batch_size=512, lr_steps=(75, 160), few_under=21),
     "mnist_lt": MNIST,
     "fashion_mnist_lt": MNIST,
     "cmnist_lt": MNIST,
-    "image_folder": dict(LARGE, batch_size=128, warmup=0),
-    "image_list": dict(LARGE, batch_size=128, warmup=0),
+    "image_folder": dict(LARGE, batch_size=128),
+    "image_list": dict(LARGE, batch_size=128),
     "synthetic": dict(epochs=40, batch_size=32, lr_steps=(28, 36), lr_factor=0.01, wd=5e-4, warmup=2),
 }
 # fmt: on
