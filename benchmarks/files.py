@@ -2,8 +2,9 @@
 
 Without a folder, one of generated JPEG files of about 500x375 pixels is made first, in a temporary place.
 
-decode:  images per second of one core, read and decoded by PIL and by torchvision.io (to the same uint8 RGB)
-sample:  the same with the augmentation of training (random resized crop to 224, flip), by each decoder
+decode:  images per second of one core, read and decoded by PIL, by torchvision.io, by that for PIL
+sample:  the same with the augmentation of training (random resized crop to 224, flip)
+jitter:  the same with colour jitter of 0.4, as on ImageNet-LT
 loader:  images per second of our loader with 0, 1 and 2 worker processes
 memory:  of the process and its workers after each of several epochs, in MB
 
@@ -52,6 +53,10 @@ def by_torchvision(path):
     return decode_image(read_file(str(path)), ImageReadMode.RGB)
 
 
+def by_both(path):
+    return v2.functional.to_pil_image(by_torchvision(path))
+
+
 def rate(work, paths, rounds=3):
     """Images per second, the median of several rounds after one that is not measured."""
     times = []
@@ -85,11 +90,13 @@ def measure(folder, epochs, limit):
     train_set, _ = datasets.load(args)
     paths = [folder / os.fsdecode(path) for path in train_set.paths[:limit]]
     crop = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
+    jitter = v2.Compose([crop, v2.ColorJitter(0.4, 0.4, 0.4)])
     line = {"benchmark": "files", "images": len(train_set), "measured": len(paths)}
     line["kb_per_file"] = sum(path.stat().st_size for path in paths) / len(paths) / 1e3
-    for name, decode in (("pil", by_pil), ("torchvision", by_torchvision)):
+    for name, decode in (("pil", by_pil), ("torchvision", by_torchvision), ("both", by_both)):
         line[f"decode_{name}"] = rate(decode, paths)
         line[f"sample_{name}"] = rate(lambda path, decode=decode: crop(decode(path)), paths)
+        line[f"jitter_{name}"] = rate(lambda path, decode=decode: jitter(decode(path)), paths)
     sampler = datasets.EpochSampler(train_set, 0)
     for workers in (0, 1, 2):
         train_set.workers, seen = workers, []
