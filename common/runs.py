@@ -15,6 +15,7 @@ import platform
 import random
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -63,7 +64,11 @@ def start(accelerator, args, epochs=None):
         if late:
             end = f"{cli.flag(length)} {end}"
             cli.say(f"note: {cli.flag(name)} {late}: not before the end of {end}, so without effect")
-    return Run(accelerator, args, args.epochs if epochs is None else epochs)
+    run = Run(accelerator, args, args.epochs if epochs is None else epochs)
+    if run.is_command:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, run.stop)
+    return run
 
 
 def script_of(args):
@@ -83,7 +88,7 @@ class Run:
         self.accelerator, self.args, self.main = accelerator, args, accelerator.is_main_process
         self.epochs = epochs  # of all stages
         self.is_command = type(args).__module__ == "__main__"  # and not called from Python
-        self.script = script_of(args)
+        self.script, self.pid = script_of(args), os.getpid()
         self.folder = output_folder(args)
         self.files = [self.folder / name for name in ("args.json", "metrics.jsonl", "result.json")]
         self.history, self.per_class, self.tracked, self.recorded = [], {}, {}, {}
@@ -92,6 +97,16 @@ class Run:
         self.first_epoch = self.checkpoint["epoch"] + 1 if self.checkpoint else 0
         self.is_made = self.checkpoint is not None
         accelerator.wait_for_everyone()  # all processes have looked before the first one writes
+
+    def stop(self, number, frame):
+        """End at a signal with one line; the last checkpoint is whole, being written beside and renamed."""
+        if os.getpid() != self.pid:  # a loader process, which inherits this: its parent ends it
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        kept = f"goes on after epoch {len(self.history)}" if self.history else "has no epoch to go on from"
+        cli.say(f"stopped by {signal.Signals(number).name}; --resume {kept}")
+        raise SystemExit(128 + number)
 
     # -------------------------------------------------------------------------------- folder and checkpoint
 

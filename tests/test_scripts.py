@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import signal
@@ -186,6 +187,35 @@ def kill_and_resume(script, processes, tmp_path):
     assert resumed["num_processes"] == processes
     assert resumed["weights_sha256"] == unbroken["weights_sha256"]
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
+
+
+def stopped(script, number, **given):
+    """What a run says on stderr that gets a signal after its first epoch, with its children, as by Ctrl-C."""
+    how = dict(cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(script, **given), start_new_session=True, **how)
+    while not (given["output_dir"] / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and out == "" and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script", FIRST)
+def test_stopped_by_a_signal(script, number, tmp_path):
+    """One line, and a resumed run that ends with the unbroken one's weights."""
+    long = options(script, tmp_path / "run", epochs=3)
+    said = stopped(script, number, **long).splitlines()[-1]
+    assert said.startswith(f"stopped by {number.name}; --resume goes on after epoch ")
+    unbroken = run_here(script, **{**long, "output_dir": tmp_path / "unbroken"})
+    assert run_here(script, **long, resume="yes")["weights_sha256"] == unbroken["weights_sha256"]
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_stopped_with_loader_processes(script, tmp_path, jpegs):
+    given = options(script, tmp_path / "run", **jpegs, num_workers=2) | dict(epochs=30)
+    assert stopped(script, signal.SIGINT, **given).splitlines()[-1].startswith("stopped by SIGINT; --resume ")
 
 
 @pytest.mark.parametrize("script", FIRST)
