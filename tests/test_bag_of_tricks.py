@@ -791,7 +791,9 @@ def test_new_images_are_made_with_the_network_of_stage_1(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("moment", ["1:5", pytest.param("2:5", marks=pytest.mark.slow), "3:5", "5:5"])
+@pytest.mark.parametrize(
+    "moment", ["3:5", *(pytest.param(at, marks=pytest.mark.slow) for at in ("1:5", "2:5", "5:5"))]
+)
 def test_killed_in_each_stage(moment, processes, tmp_path):
     """Stage 1, the first and the second epoch of stage 2, stage 3: as if unbroken, bit for bit."""
     long = {**SMALL, "epochs": 2, "stage2_epochs": 2, "stage3_epochs": 2}
@@ -806,6 +808,7 @@ def test_killed_in_each_stage(moment, processes, tmp_path):
     assert run("broken", resume="auto")["weights_sha256"] == unbroken["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_killed_with_new_images_in_files(tmp_path, jpegs):
     data = {**jpegs, "imbalance": 4.0, "epochs": 1, "stage2_epochs": 2, "stage3_epochs": 1, "batch_size": 8}
     unbroken = run_here(SCRIPT, **data, output_dir=tmp_path / "unbroken")
@@ -926,6 +929,7 @@ def test_a_disk_that_takes_no_images(tmp_path, jpegs, capsys):
     assert "new_images.png: not drawn (Is a directory)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_overwriting_takes_the_new_images_away(tmp_path, jpegs):
     data = {**jpegs, "imbalance": 4.0, "epochs": 1, "stage2_epochs": 1, "finetune": False, "batch_size": 8}
     run_here(SCRIPT, **data, output_dir=tmp_path / "run")

@@ -499,7 +499,7 @@ def test_class_balanced_sampling(tmp_path, monkeypatch, options):
     assert seen == expected  # the last but one and the meta batches of the first
 
 
-@pytest.mark.parametrize("level", ["class", "instance"])
+@pytest.mark.parametrize("level", ["class", pytest.param("instance", marks=pytest.mark.slow)])
 def test_two_processes_learn_the_same_sampler(tmp_path, level):
     """psi, and the classifier: draws, meta gradient and Adam's steps."""
     options = dict(SHORT, arch="lenet", lr=0.001, stage2_lr=0.01, batch_size=128, sampler_level=level)
@@ -516,7 +516,7 @@ def test_two_processes_learn_the_same_sampler(tmp_path, level):
         assert ((a[name] - b[name]).norm() / a[name].norm()).item() < 1e-5
 
 
-@pytest.mark.parametrize("meta", ["sampler", "reweighter"])
+@pytest.mark.parametrize("meta", ["sampler", pytest.param("reweighter", marks=pytest.mark.slow)])
 def test_killed_in_stage_2(tmp_path, stage1, meta):
     """psi and its optimiser go on where they were."""
     options = dict(SHORT, stage1=str(stage1), meta=meta, stage2_epochs=3)
@@ -602,6 +602,7 @@ def test_options_that_do_not_fit(capsys, options, line):
     assert refusal(lambda: Args(**options), capsys) == line
 
 
+@pytest.mark.slow
 def test_meta_batch_that_the_processes_cannot_share(tmp_path):
     options = dict(SHORT, meta_batch_size=15, output_dir=tmp_path / "run")
     done = launch("balanced_meta_softmax.py", processes=2, **options)

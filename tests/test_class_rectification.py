@@ -363,7 +363,12 @@ def test_float32_under_mixed_precision(level, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "form, level", [("relative", "class"), ("distribution", "class"), ("absolute", "instance")]
+    "form, level",
+    [
+        ("relative", "class"),
+        pytest.param("distribution", "class", marks=pytest.mark.slow),
+        ("absolute", "instance"),
+    ],
 )
 def test_two_processes_have_the_gradient_of_one(form, level, tmp_path):
     """One step along L_crl alone, of a batch that one or two processes share."""

@@ -313,7 +313,7 @@ def test_what_is_learned_is_saved_and_logged(loss, tmp_path):
     close(next(logged[name] for name in logged if name.startswith("class_") and "gradient" in name), expected)
 
 
-@pytest.mark.parametrize("loss", ["eqlv2", "softmax_eql"])
+@pytest.mark.parametrize("loss", ["eqlv2", pytest.param("softmax_eql", marks=pytest.mark.slow)])
 def test_two_processes_have_the_same_gradients(loss, tmp_path):
     exact = dict(TINY, epochs=1, lr_steps=(), arch="lenet", lr=0.002, loss=loss)  # rounding grows with both
     tiny(tmp_path, "one", **exact)

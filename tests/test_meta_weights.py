@@ -378,7 +378,7 @@ def test_learning_rates():
     assert meta_weights.make_stages(mwnet) == [(2, range(100))]
 
 
-@pytest.mark.parametrize("off", [dict(tau=0.0), dict(inner_lr=0.0)])
+@pytest.mark.parametrize("off", [dict(tau=0.0), pytest.param(dict(inner_lr=0.0), marks=pytest.mark.slow)])
 def test_without_a_meta_step_it_is_class_weighting(tmp_path, off):
     """Bit for bit; so the meta part leaves the random numbers and the statistics alone, too."""
     plain = meta_weights.main(tiny(tmp_path, "cb", method="cb", pretrain_epochs=0))
@@ -528,7 +528,10 @@ def test_losses_run(tmp_path, loss, monkeypatch):
 # What is logged
 
 
-@pytest.mark.parametrize("method", ["meta", "l2rw", "mwnet"])
+OTHERS_SLOW = ["meta", *(pytest.param(method, marks=pytest.mark.slow) for method in ("l2rw", "mwnet"))]
+
+
+@pytest.mark.parametrize("method", OTHERS_SLOW)
 def test_log(tmp_path, method):
     options = dict(method=method, pretrain_epochs=1 if method == "meta" else 0)
     result = meta_weights.main(tiny(tmp_path, **options))
@@ -548,7 +551,7 @@ def test_log(tmp_path, method):
         assert min(seen) >= 0 and max(seen) > 0 and "class_eps" not in line
 
 
-@pytest.mark.parametrize("method", ["meta", "l2rw", "mwnet"])
+@pytest.mark.parametrize("method", OTHERS_SLOW)
 def test_two_processes_learn_the_same_weights(tmp_path, method):
     """Of the images and of the network. Few steps at a low rate: this network amplifies rounding errors."""
     options = dict(TINY, method=method, arch="lenet", lr=0.001, dev_batch_size=40, batch_size=256)
