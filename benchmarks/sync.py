@@ -93,7 +93,7 @@ def measure(script, folder):
         total = sum(event.self_cpu_time_total for event in events)
         longest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:4]
         shares = {event.key: round(100 * event.self_cpu_time_total / total) for event in longest}
-        line = {"benchmark": "sync", "script": script, "epoch": epoch}
+        line = {"benchmark": "sync", "of": script, "epoch": epoch}
         yield line | {"waits_per_step": waits / STEPS, "percent_of_time": shares}
 
 
