@@ -104,9 +104,10 @@ class Run:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        kept = f"goes on after epoch {len(self.history)}" if self.history else "has no epoch to go on from"
+        saved = sorted((self.folder / "checkpoint").glob("epoch_*.json"))
+        kept = f"goes on after epoch {int(saved[-1].stem[6:]) + 1}" if saved else "has no epoch to go on from"
         cli.say(f"stopped by {signal.Signals(number).name}; --resume {kept}")
-        raise SystemExit(128 + number)
+        os._exit(128 + number)  # an exception would be lost in a __del__, such as a loader's
 
     # -------------------------------------------------------------------------------- folder and checkpoint
 

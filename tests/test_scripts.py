@@ -193,7 +193,7 @@ def stopped(script, number, **given):
     """What a run says on stderr that gets a signal after its first epoch, with its children, as by Ctrl-C."""
     how = dict(cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command(script, **given), start_new_session=True, **how)
-    while not (given["output_dir"] / "metrics.jsonl").exists():
+    while not (given["output_dir"] / "checkpoint" / "epoch_0000.json").exists():
         time.sleep(0.05)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
