@@ -66,9 +66,7 @@ Q = {"reversed": -1, "class": 0, "instance": 1}  # exponent of the class counts 
 ADAPTORS = ("parabolic", "linear", "cosine", "increment", "equal", "beta", "stages")
 TWO = ("bbn", "manifold2")  # the methods of two batches
 MANIFOLD = ("manifold", "manifold2")
-BBN_ONLY = ("adaptor", "alpha_index", "alpha_epochs", "joint_trunk")
-OF = {name: ("bbn",) for name in BBN_ONLY}  # option -> the methods that have it, where not all do
-OF |= {"rebalancing": TWO, "mix_alpha": ("mixup", *MANIFOLD), "mix_layer": MANIFOLD}
+BBN, MIX = dict(method=("bbn",)), dict(method=("mixup", *MANIFOLD))  # what an option needs
 
 
 @dataclass
@@ -78,26 +76,36 @@ class Args(cli.Args):
         "BBN; or cross-entropy, mixup, manifold mixup, manifold mixup of a natural and a rebalanced batch",
         choices=("bbn", "ce", "mixup", "manifold", "manifold2"),
     )
-    adaptor: str = cli.option("parabolic", "alpha over the epochs", choices=ADAPTORS)
+    adaptor: str = cli.option("parabolic", "alpha over the epochs", choices=ADAPTORS, needs=BBN)
     alpha_index: str = cli.option(
         "code",
         "how epochs count in alpha: code, from 0 (1 in the first epoch); paper, from 1 (0 in the last)",
         choices=("code", "paper"),
+        needs=BBN,
     )
     alpha_epochs: int | None = cli.option(
-        None, "epochs over which alpha falls (default: --epochs, but 100 for 90 and 200 for 180)", least=1
+        None,
+        "epochs over which alpha falls (default: --epochs, but 100 for 90 and 200 for 180)",
+        least=1,
+        needs=BBN,
     )
     rebalancing: str = cli.option(
         "reversed",
         "law of the second batch: class probability ~ 1 / n_k, class-balanced, or instance-balanced",
         choices=tuple(Q),
+        needs=dict(method=TWO),
     )
     joint_trunk: bool = cli.option(
-        False, "both batches go through the trunk at once: faster, with BatchNorm statistics of both"
+        False,
+        "both batches go through the trunk at once: faster, with BatchNorm statistics of both",
+        needs=BBN,
     )
-    mix_alpha: float = cli.option(1.0, "lambda ~ Beta(alpha, alpha) of mixup and manifold mixup", above=0)
+    mix_alpha: float = cli.option(1.0, "lambda ~ Beta(alpha, alpha)", above=0, needs=MIX)
     mix_layer: str = cli.option(
-        "pooled", "where manifold mixup mixes", choices=("layer1", "layer2", "layer3", "pooled")
+        "pooled",
+        "where manifold mixup mixes",
+        choices=("layer1", "layer2", "layer3", "pooled"),
+        needs=dict(method=MANIFOLD),
     )
     warmup: int = cli.option(5, "epochs of linear warm-up, of BBN from a third of the rate", least=0)
     lr_factor: float = cli.option(0.01, "factor on the learning rate at each of --lr-steps", above=0)
@@ -105,10 +113,6 @@ class Args(cli.Args):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, methods in OF.items():
-            value = getattr(self, name)
-            if self.method not in methods and value != getattr(Args, name):
-                cli.fail(f"{cli.flag(name)} {value}: is of --method {', '.join(methods)}; leave it out")
         if self.adaptor in ("equal", "beta", "stages") and (self.alpha_epochs or self.alpha_index == "paper"):
             cli.fail(
                 f"--alpha-epochs, --alpha-index: have no effect on --adaptor {self.adaptor}; leave them out"

@@ -155,8 +155,6 @@ class Args(cli.Args):
         if self.drw and self.drw_epoch >= self.epochs:
             given = f"--drw-epoch {self.drw_epoch}"
             cli.fail(f"{given}: not before the end of --epochs {self.epochs}; lower it, or add --no-drw")
-        if not self.las:  # nor has it to be a multiple of the processes
-            self.las_batch_size = self.batch_size
         if self.paste != "none" and not any(mixing_window(epoch, self) for epoch in range(self.epochs)):
             window = f"--mix-start {self.mix_start}, --mix-end {self.mix_end}"
             cli.fail(

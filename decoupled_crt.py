@@ -78,6 +78,7 @@ TAUS = [round(0.1 * i, 1) for i in range(21)]
 # What stage 1 was, of the run that --stage1 names.
 TRAINING = ("epochs", "lr", "lr_steps", "lr_factor", "warmup", "wd", "cosine", "sampling")
 TRAINING += ("mixup_alpha", "pretrained", "last_block", "backbone_lr")
+NCM = dict(classifier=("ncm",))
 
 
 @dataclass
@@ -119,7 +120,12 @@ class Args(cli.Args):
     bn_train_in_stage2: bool = cli.option(
         True, "in stage 2 BatchNorm goes by the batch and its statistics move, as in the released code"
     )
-    tau: float | None = cli.option(None, "tau (default: the best of 0, 0.1 .. 2 on held-out images)", least=0)
+    tau: float | None = cli.option(
+        None,
+        "tau (default: the best of 0, 0.1 .. 2 on held-out images)",
+        least=0,
+        needs=dict(classifier=("tau",)),
+    )
     held_out: int | None = cli.option(
         None,
         "training images to hold out of each class that has at least twice as many, to choose tau on them "
@@ -130,8 +136,9 @@ class Args(cli.Args):
         "cl2n",
         "features that NCM averages: un as they are, l2n normalised, cl2n centred, then normalised",
         choices=("un", "l2n", "cl2n"),
+        needs=NCM,
     )
-    ncm_score: str = cli.option("euclidean", "NCM's closeness", choices=("euclidean", "dot"))
+    ncm_score: str = cli.option("euclidean", "NCM's closeness", choices=("euclidean", "dot"), needs=NCM)
 
     def __post_init__(self):
         super().__post_init__()
@@ -140,10 +147,6 @@ class Args(cli.Args):
             self.held_out = 10 if chosen else 0
         if chosen and self.held_out == 0:
             cli.fail("--held-out 0: tau is chosen on held-out images; use 10 in stage 1, or give --tau")
-        for name, classifier in (("tau", "tau"), ("ncm", "ncm"), ("ncm_score", "ncm")):
-            value = getattr(self, name)
-            if self.classifier != classifier and value != getattr(Args, name):
-                cli.fail(f"{cli.flag(name)} {value}: is of --classifier {classifier}; leave it out")
         for prefix in ("stage2_",) if self.stage1 else ("", "stage2_"):
             if getattr(self, f"{prefix}cosine") and getattr(self, f"{prefix}lr_steps"):
                 flags = cli.flag(f"{prefix}lr_steps"), cli.flag(f"no_{prefix}cosine")

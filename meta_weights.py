@@ -44,12 +44,7 @@ from common import cli, datasets, evaluation, models, runs
 
 TWO_PARTS = ("meta", "finetune")
 WITH_DEV = ("meta", "l2rw", "mwnet")
-# Of which methods an option is.
-ONLY = dict(
-    tau=["meta"], inner_lr=["meta"], inner_reduction=["meta"], beta=["meta", "cb"], mwnet_lr=["mwnet"]
-)
-ONLY |= dict(meta_loss=WITH_DEV, dev_list=WITH_DEV, pretrain_epochs=TWO_PARTS, freeze_backbone=TWO_PARTS)
-
+META, DEV, PARTS = dict(method=("meta",)), dict(method=WITH_DEV), dict(method=TWO_PARTS)
 
 # Settings of the released code (CIFAR), of the paper as far as it has them (the large sets) and our own (the
 # rest), one row per data set; an option given on the command line wins.
@@ -94,21 +89,37 @@ class Args(cli.Args):
         choices=("meta", "cb", "finetune", "l2rw", "mwnet", "plain"),
     )
     loss: str = cli.option("ce", "cross-entropy, focal loss or LDAM", choices=("ce", "focal", "ldam"))
-    gamma: float = cli.option(1.0, "exponent of the focal loss", least=0)
-    max_margin: float = cli.option(0.5, "LDAM's margin of the rarest class", above=0)
-    beta: float = cli.option(
-        0.9999, "of the effective number of images", least=0, most=0.9999999, hint="(below 1)"
+    gamma: float = cli.option(1.0, "exponent of the focal loss", least=0, needs=dict(loss=("focal",)))
+    max_margin: float = cli.option(
+        0.5, "LDAM's margin of the rarest class", above=0, needs=dict(loss=("ldam",))
     )
-    pretrain_epochs: int = cli.option(0, "epochs of plain training that come first", least=0)
+    beta: float = cli.option(
+        0.9999,
+        "of the effective number of images",
+        least=0,
+        most=0.9999999,
+        hint="(below 1)",
+        needs=dict(method=("meta", "cb")),
+    )
+    pretrain_epochs: int = cli.option(0, "epochs of plain training that come first", least=0, needs=PARTS)
     tau: float = cli.option(
-        0.01, "step of meta's eps along its gradient; 0 leaves the class weights", least=0
+        0.01, "step of meta's eps along its gradient; 0 leaves the class weights", least=0, needs=META
     )
     inner_lr: float | None = cli.option(
-        None, "rate of the step ahead of meta (default: the learning rate of the epoch before)", least=0
+        None,
+        "rate of the step ahead of meta (default: the learning rate of the epoch before)",
+        least=0,
+        needs=META,
     )
-    inner_reduction: str = cli.option("sum", "of the losses along which that goes", choices=("sum", "mean"))
-    meta_loss: str = cli.option("same", "loss of development images, or plain ce", choices=("same", "ce"))
-    mwnet_lr: float = cli.option(1e-5, "learning rate of Meta-Weight-Net's network", above=0)
+    inner_reduction: str = cli.option(
+        "sum", "of the losses along which that goes", choices=("sum", "mean"), needs=META
+    )
+    meta_loss: str = cli.option(
+        "same", "loss of development images, or plain ce", choices=("same", "ce"), needs=DEV
+    )
+    mwnet_lr: float = cli.option(
+        1e-5, "learning rate of Meta-Weight-Net's network", above=0, needs=dict(method=("mwnet",))
+    )
     dev: str = cli.option(
         "train",
         "development images: apart, taken out before the long-tailed cut, or training images",
@@ -116,24 +127,20 @@ class Args(cli.Args):
     )
     dev_per_class: int = cli.option(10, "development images of each class", least=1)
     dev_list: str | None = cli.option(
-        None, "list file to take them from instead (also looked for in --data-dir)"
+        None, "list file to take them from instead (also looked for in --data-dir)", needs=DEV
     )
-    dev_batch_size: int = cli.option(100, "development images per step over all processes", least=1)
-    freeze_backbone: bool = cli.option(False, "train the classifier alone after --pretrain-epochs")
+    dev_batch_size: int = cli.option(
+        100, "development images per step over all processes", least=1, needs=DEV
+    )
+    freeze_backbone: bool = cli.option(
+        False, "train the classifier alone after --pretrain-epochs", needs=PARTS
+    )
     pretrained: bool = cli.option(False, "start from torchvision's ImageNet weights")
     warmup: int = cli.option(0, "epochs of linear warm-up", least=0)
     lr_factor: float = cli.option(0.1, "factor on the learning rate at each of --lr-steps", above=0)
 
     def __post_init__(self):
         super().__post_init__()
-        for name, methods in ONLY.items():
-            value = getattr(self, name)
-            if self.method not in methods and value != getattr(Args, name):
-                cli.fail(f"{cli.flag(name)} {value}: is of --method {' and '.join(methods)}; leave it out")
-        for name, loss in (("gamma", "focal"), ("max_margin", "ldam")):
-            value = getattr(self, name)
-            if self.loss != loss and value != getattr(Args, name):
-                cli.fail(f"{cli.flag(name)} {value}: is of --loss {loss}; leave it out")
         if self.pretrain_epochs >= self.epochs:
             given = f"--pretrain-epochs {self.pretrain_epochs}"
             cli.fail(f"{given}: not before the end of --epochs {self.epochs}; lower it")

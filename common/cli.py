@@ -219,6 +219,12 @@ def make_parser(args_class, doc, defaults):
     return parser
 
 
+def counts(field, args):
+    """Whether an option has an effect, by what it `needs`."""
+    needs = field.metadata["needs"]
+    return not needs or any(getattr(args, name) in values for name, values in needs.items())
+
+
 def needed(needs):
     """The `needs` of an option in words: --loss ldam or ride."""
     return " or ".join(flag(k) if v == (True,) else f"{flag(k)} {' or '.join(v)}" for k, v in needs.items())
@@ -233,9 +239,9 @@ def build(args_class, recipes, **given):
     defaults = {name: field.default for name, field in fields.items()}
     args = args_class(**resolve({**defaults, **recipes[dataset], **given}))
     for name, value in given.items():
-        needs = fields[name].metadata["needs"]
-        if needs and value != defaults[name] and not any(getattr(args, k) in v for k, v in needs.items()):
-            fail(f"{flag(name)} {value}: is for {needed(needs)}; add that, or leave it out")
+        if value != defaults[name] and not counts(fields[name], args):
+            what = needed(fields[name].metadata["needs"])
+            fail(f"{flag(name)} {value}: is for {what}; add that, or leave it out")
     return args
 
 

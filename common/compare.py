@@ -34,14 +34,15 @@ def read(paths):
             lines = text.splitlines() if path.suffix == ".jsonl" else [text]
             log = path.with_name("metrics.jsonl")
             history = {"history": list(map(json.loads, log.open()))} if log.is_file() else {}
-            results += [one | history for result in map(json.loads, lines) for one in by_prediction(result)]
+            for one in [one for result in map(json.loads, lines) for one in by_prediction(result)]:
+                results.append(one | history if one.get("per_class", True) else one)
         except (OSError, ValueError, KeyError) as e:
             cli.fail(f"{path}: not a finished run or a file of result lines ({e!r})")
     return results
 
 
 def by_prediction(result):
-    """The result once for each of its predictions, if it has several; only its own has classes and epochs."""
+    """The result once for each of its predictions, if it has several; classes and epochs are of its own."""
     args, predictions = result["args"], result.get("predictions")
     if predictions is None:
         return [result]

@@ -49,7 +49,8 @@ def start(accelerator, args, epochs=None):
         cli.fail(
             f"{started} processes were started but each sees 1; set ACCELERATE_USE_CPU=true before torchrun"
         )
-    for name in [field.name for field in dataclasses.fields(args) if field.name.endswith("batch_size")]:
+    counting = [field.name for field in dataclasses.fields(args) if cli.counts(field, args)]
+    for name in [name for name in counting if name.endswith("batch_size")]:
         size = getattr(args, name)
         if size % processes:
             lower = size // processes * processes
@@ -57,7 +58,7 @@ def start(accelerator, args, epochs=None):
             cli.fail(f"{cli.flag(name)} {size}: not a multiple of {processes} processes; use {near}")
     torch.backends.cudnn.deterministic = True  # a resumed run repeats the unbroken one on a GPU, too
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own use of it, in jvp
-    for name in [field.name for field in dataclasses.fields(args) if field.name.endswith("lr_steps")]:
+    for name in [name for name in counting if name.endswith("lr_steps")]:
         length = name.replace("lr_steps", "epochs")
         end = getattr(args, length)
         late = " ".join(str(step) for step in getattr(args, name) if step >= end)

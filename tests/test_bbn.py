@@ -342,29 +342,35 @@ def test_layers_are_the_stages():
             dict(method="manifold", mix_layer="layer1", arch="lenet"),
             "--mix-layer layer1: lenet has no such stage; use pooled",
         ),
-        (dict(alpha_epochs=2), "--alpha-epochs 2: at least --epochs 10, or alpha ends below 0"),
+        (dict(alpha_epochs=2), "--alpha-epochs 2: at least --epochs 40, or alpha ends below 0"),
         (
-            dict(alpha_epochs=20, alpha_index="paper"),
+            dict(alpha_epochs=50, alpha_index="paper"),
             "--alpha-epochs: is of --alpha-index code; leave one of them out",
         ),
         (
             dict(cosine=True, lr_steps=(3,)),
             "--lr-steps: have no effect on a cosine; leave them out, or add --no-cosine",
         ),
-        (dict(method="ce", adaptor="linear"), "--adaptor linear: is of --method bbn; leave it out"),
+        (
+            dict(method="ce", adaptor="linear"),
+            "--adaptor linear: is for --method bbn; add that, or leave it out",
+        ),
         (
             dict(method="mixup", rebalancing="class"),
-            "--rebalancing class: is of --method bbn, manifold2; leave it out",
+            "--rebalancing class: is for --method bbn or manifold2; add that, or leave it out",
         ),
         (
             dict(adaptor="equal", alpha_epochs=20),
             "--alpha-epochs, --alpha-index: have no effect on --adaptor equal; leave them out",
         ),
-        (dict(mix_alpha=0.2), "--mix-alpha 0.2: is of --method mixup, manifold, manifold2; leave it out"),
+        (
+            dict(mix_alpha=0.2),
+            "--mix-alpha 0.2: is for --method mixup or manifold or manifold2; add that, or leave it out",
+        ),
     ],
 )
 def test_options_without_effect_are_refused(options, line, capsys):
-    assert refusal(lambda: Args(**options), capsys) == line
+    assert refusal(lambda: cli.build(Args, bbn.RECIPES, **options), capsys) == line
 
 
 def test_mixed_accuracy():

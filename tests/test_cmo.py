@@ -637,11 +637,6 @@ def test_cosine_that_ends_with_its_warm_up():
     close([cmo.learning_rate(epoch, args) for epoch in (0, 8)], [0.01, 0.09], 1e-9)
 
 
-def test_the_batch_of_stage_2_matters_in_stage_2_alone():
-    assert Args(batch_size=126).las_batch_size == 126
-    assert Args(batch_size=126, las=True).las_batch_size == 128
-
-
 def test_learning_rate():
     args = cli.build(Args, cmo.RECIPES, dataset="cifar100_lt")
     rates = [cmo.learning_rate(epoch, args) for epoch in (0, 3, 4, 159, 160, 179, 180)]

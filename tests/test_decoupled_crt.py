@@ -616,8 +616,9 @@ def test_options_that_do_not_fit_together(capsys):
     assert refusal(lambda: Args(classifier="tau", held_out=0), capsys).startswith(
         "--held-out 0: tau is chosen"
     )
-    line = refusal(lambda: Args(classifier="joint", tau=0.5), capsys)
-    assert line == "--tau 0.5: is of --classifier tau; leave it out"
+    options = dict(classifier="joint", tau=0.5)
+    line = refusal(lambda: cli.build(Args, decoupled_crt.RECIPES, **options), capsys)
+    assert line == "--tau 0.5: is for --classifier tau; add that, or leave it out"
     assert refusal(lambda: Args(classifier="joint", stage1="x"), capsys).startswith(
         "--classifier joint: has no"
     )

@@ -588,23 +588,26 @@ def test_weight_network_is_resumed(tmp_path):
 @pytest.mark.parametrize(
     "options, line",
     [
-        (dict(gamma=3.0), "--gamma 3.0: is of --loss focal; leave it out"),
+        (dict(gamma=3.0), "--gamma 3.0: is for --loss focal; add that, or leave it out"),
         (dict(beta=1.0), "--beta 1.0: must be at most 0.9999999 (below 1)"),
-        (dict(method="l2rw", tau=5.0), "--tau 5.0: is of --method meta; leave it out"),
-        (dict(method="mwnet", inner_lr=0.0), "--inner-lr 0.0: is of --method meta; leave it out"),
+        (dict(method="l2rw", tau=5.0), "--tau 5.0: is for --method meta; add that, or leave it out"),
+        (
+            dict(method="mwnet", inner_lr=0.0),
+            "--inner-lr 0.0: is for --method meta; add that, or leave it out",
+        ),
         (
             dict(method="cb", dev_list="x"),
-            "--dev-list x: is of --method meta and l2rw and mwnet; leave it out",
+            "--dev-list x: is for --method meta or l2rw or mwnet; add that, or leave it out",
         ),
         (
             dict(method="plain", freeze_backbone=True),
-            "--freeze-backbone True: is of --method meta and finetune; leave it out",
+            "--freeze-backbone True: is for --method meta or finetune; add that, or leave it out",
         ),
         (
             dict(method="cb", pretrain_epochs=1),
-            "--pretrain-epochs 1: is of --method meta and finetune; leave it out",
+            "--pretrain-epochs 1: is for --method meta or finetune; add that, or leave it out",
         ),
-        (dict(pretrain_epochs=10), "--pretrain-epochs 10: not before the end of --epochs 10; lower it"),
+        (dict(pretrain_epochs=40), "--pretrain-epochs 40: not before the end of --epochs 40; lower it"),
         (
             dict(dev="apart", imbalance=None),
             "--dev apart: is for a set that is cut here, by --imbalance; use --dev train",
@@ -612,7 +615,7 @@ def test_weight_network_is_resumed(tmp_path):
     ],
 )
 def test_options_that_do_not_fit(capsys, options, line):
-    assert refusal(lambda: Args(**options), capsys) == line
+    assert refusal(lambda: cli.build(Args, meta_weights.RECIPES, **options), capsys) == line
 
 
 def test_too_many_development_images(tmp_path, capsys):

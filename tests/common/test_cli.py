@@ -1,10 +1,11 @@
 """common.cli: where a value comes from, and the one line that refuses it."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
-from common import cli
+from common import cli, runs
 from tests.conftest import refusal
 
 RECIPES = {"synthetic": dict(lr=0.3, lr_steps=(2, 3)), "imagenet_lt": dict(lr=0.2, imbalance=None)}
@@ -144,3 +145,14 @@ def test_an_option_without_effect_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     assert "how dark; for --colour blue or green or --fast" in " ".join(capsys.readouterr().out.split())
+
+
+def test_batch_sizes_without_effect_are_not_judged(capsys):
+    """The rest of two processes matters where a batch is used."""
+    import cmo
+
+    two = SimpleNamespace(num_processes=2, is_main_process=True, wait_for_everyone=lambda: None)
+    odd = dict(batch_size=126, las_batch_size=125)
+    runs.start(two, cmo.Args(**odd, output_dir="nowhere"))
+    line = refusal(lambda: runs.start(two, cmo.Args(**odd, las=True, output_dir="nowhere")), capsys)
+    assert line == "--las-batch-size 125: not a multiple of 2 processes; use 124 or 126"

@@ -90,6 +90,15 @@ def test_a_run_that_predicts_in_several_ways_has_a_row_for_each(tmp_path):
     ]
 
 
+def test_epochs_are_of_the_prediction_that_counts(tmp_path):
+    predictions = {name: {"all": 10.0, "many": 9.0, "medium": None, "few": 1.0} for name in "ub"}
+    whole = with_classes(0, 10.0, prediction="b") | {"predictions": predictions}
+    (tmp_path / "result.json").write_text(json.dumps(whole))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 0, "all": 5.0}))
+    u, b = compare.read([tmp_path])
+    assert "history" in b and "history" not in u and u["per_class"] is None
+
+
 def test_unfinished_runs_are_named(tmp_path, capsys):
     assert refusal(lambda: compare.read([tmp_path]), capsys).startswith(
         f"{tmp_path}/result.json: not a finished run"
