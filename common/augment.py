@@ -10,7 +10,6 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageFilter
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 
@@ -227,12 +226,12 @@ def contrastive(images, usual, seeds, share):
     return torch.empty_like(usual).copy_(torch.where(chance(1, share), view, usual))
 
 
-# Of one PIL image, by torch's own random numbers
+# Of one image, by torch's own random numbers
 
 
-def pil_blur(image):
-    """Gaussian blur of 0.1 to 2 pixels, as MoCo v2 and PaCo have it."""
-    return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2).item()))
+def blur(image):
+    """A uint8 image [C, H, W] under a Gaussian blur of 0.1 to 2 pixels."""
+    return gaussian_blur(image[None].float(), torch.empty(1).uniform_(0.1, 2))[0].to(torch.uint8)
 
 
 def rand_augment(fill):

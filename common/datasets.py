@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import struct
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from common import augment, cli
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # torchvision is to drop it one day
+    decode_jpeg = None
 
 # --------------------------------------------------------------------------------------- long-tailed subsets
 
@@ -173,9 +179,9 @@ class Pairs(Dataset):
 
     def __getitems__(self, items):
         first, second = zip(*items, strict=True)
-        return self.dataset.__getitems__(first), None if second[0] is None else self.dataset.__getitems__(
-            second
-        )
+        if second[0] is None:
+            return self.dataset.__getitems__(first), None
+        return tuple(self.dataset.batches(first, second))
 
 
 class OnDemand:
@@ -221,6 +227,10 @@ class LabelledImages(Dataset):
             setattr(part, name, getattr(self, name)[positions])
         part.class_counts = torch.bincount(part.labels, minlength=self.num_classes)
         return part
+
+    def batches(self, *lists):
+        """The batch of each list of items."""
+        return [self.__getitems__(items) for items in lists]
 
     def pixels(self, images):
         """The uint8 images [B, C, H, W] of normalised ones."""
@@ -328,7 +338,7 @@ class ImageFiles(LabelledImages):
             more = augment.rand_augment(fill=self.mean.flatten().round().int().tolist())
         self.augment = v2.Compose([crop, flip, *jitter, *more])
         if contrastive:  # as CMO's code (PaCo's) has it for ImageNet-LT
-            blur = v2.RandomApply([v2.Lambda(augment.pil_blur)], 0.5)
+            blur = v2.RandomApply([v2.Lambda(augment.blur)], 0.5)
             view = [crop, *(jitter or [v2.ColorJitter(0.4, 0.4, 0.4)]), v2.RandomGrayscale(0.2), blur, flip]
             self.augment = v2.RandomChoice([v2.Compose(view), self.augment], [contrastive, 1 - contrastive])
         self.centre = v2.Compose([v2.Resize(round(size / 0.875)), v2.CenterCrop(size)])
@@ -351,22 +361,32 @@ class ImageFiles(LabelledImages):
         return dict(labels=labels, paths=np.array(paths))
 
     def __getitems__(self, items):
-        images, indices = [], []
-        for item in items:
-            index, seed = item if isinstance(item, tuple) else (item, None)
+        return self.batches(items)[0]
+
+    def batches(self, *lists):
+        """The batch of each list of items; an image that several items name is decoded once."""
+        lists = [[item if isinstance(item, tuple) else (item, None) for item in items] for items in lists]
+        left, decoded = Counter(index for items in lists for index, _ in items), {}
+
+        def image(index, seed):
+            if index not in decoded:
+                decoded[index] = read_pixels(os.path.join(self.root, os.fsdecode(self.paths[index])))
+            left[index] -= 1
+            pixels = decoded[index] if left[index] else decoded.pop(index)
+            if seed is None:
+                return self.centre(pixels)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)  # of the CPU alone
+                return self.augment(pixels)
+
+        def batch(items):
             try:
-                image = read_image(os.path.join(self.root, os.fsdecode(self.paths[index])))
+                images = torch.stack([image(*item) for item in items])
             except OSError as e:
                 return RawBatch(error=str(e))  # told in one line by the training process
-            if seed is None:
-                image = self.centre(image)
-            else:
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(seed)  # of the CPU alone
-                    image = self.augment(image)
-            images.append(v2.functional.pil_to_tensor(image))
-            indices.append(index)
-        return RawBatch(torch.stack(images), self.labels[indices], self.mean, self.std)
+            return RawBatch(images, self.labels[[index for index, _ in items]], self.mean, self.std)
+
+        return [batch(items) for items in lists]
 
 
 class RawBatch:
@@ -398,6 +418,21 @@ def read_image(path):
         raise OSError(f"{path}: no such image; check --data-dir and the list") from None
     except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
         raise OSError(f"{path}: not readable as an image ({e}); replace it or take it off the list") from None
+
+
+def read_pixels(path):
+    """The same as uint8 [3, H, W]: of a JPEG by torchvision.io, which is faster and gives equal pixels.
+
+    CMYK, another format or a broken file is left to read_image.
+    """
+    if decode_jpeg is not None:
+        try:
+            image = decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)))
+            if len(image) <= 3:
+                return image.expand(3, -1, -1)
+        except (OSError, RuntimeError):
+            pass  # told below
+    return v2.functional.pil_to_tensor(read_image(path))
 
 
 def loader_options(dataset):
@@ -595,8 +630,8 @@ def read_all(root, paths, size):
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
 
     def read(path):
-        image = read_image(root / path)
-        return v2.functional.pil_to_tensor(image if image.size == (size, size) else fit(image))
+        image = read_pixels(root / path)
+        return image if image.shape[1:] == (size, size) else fit(image)
 
     try:
         with ThreadPoolExecutor() as pool:

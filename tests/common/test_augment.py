@@ -396,16 +396,24 @@ def test_chances_of_a_view(monkeypatch):
     assert (torch.corrcoef(done) - torch.eye(4)).abs().max() < 4 / n**0.5
 
 
-# One PIL image
+# One image
 
 
 def test_blur_of_a_file_is_within_its_bounds(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(augment.ImageFilter, "GaussianBlur", lambda radius: drawn.append(radius) or None)
-    monkeypatch.setattr(Image.Image, "filter", lambda image, _: image)
+    image = torch.zeros(3, 19, 19, dtype=torch.uint8)
+    image[:, 9, 9] = 255
     torch.manual_seed(0)
+    blurred = augment.blur(image)
+    torch.manual_seed(0)
+    sigma = torch.empty(1).uniform_(0.1, 2)
+    assert blurred.dtype == torch.uint8
+    assert blurred.float().equal(augment.gaussian_blur(image[None].float(), sigma)[0])
+    drawn = []
+    monkeypatch.setattr(
+        augment, "gaussian_blur", lambda images, sigmas: drawn.append(sigmas.item()) or images
+    )
     for _ in range(300):
-        augment.pil_blur(Image.new("RGB", (2, 2)))
+        augment.blur(image)
     assert 0.1 <= min(drawn) < 0.13 and 1.97 < max(drawn) <= 2
 
 
