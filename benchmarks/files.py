@@ -2,10 +2,13 @@
 
 Without a folder, one of generated JPEG files of about 500x375 pixels is made first, in a temporary place.
 
-decode:  images per second of one core, read and decoded by PIL, by torchvision.io, by that for PIL
+decode:  images per second of one core, read and decoded by PIL as an image, by PIL as a tensor, and as the
+         scripts do it, by torchvision.io where that serves
 sample:  the same with the augmentation of training (random resized crop to 224, flip)
 jitter:  the same with colour jitter of 0.4, as on ImageNet-LT
 loader:  images per second of our loader with 0, 1 and 2 worker processes
+streams: images per second of one core in pairs, the second one drawn class by class, of a long-tailed cut
+         by 100; with an image of both streams decoded once, or each for itself
 memory:  of the process and its workers after each of several epochs, in MB
 
 Run it on an otherwise idle machine.
@@ -23,7 +26,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from common import cli, datasets, runs
@@ -45,16 +47,8 @@ def generate(folder, count, classes=10):
             Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def by_pil(path):
-    return datasets.read_image(path)
-
-
-def by_torchvision(path):
-    return decode_image(read_file(str(path)), ImageReadMode.RGB)
-
-
-def by_both(path):
-    return v2.functional.to_pil_image(by_torchvision(path))
+def as_tensor(path):
+    return v2.functional.pil_to_tensor(datasets.read_image(path))
 
 
 def rate(work, paths, rounds=3):
@@ -82,6 +76,25 @@ def memory():
     return total / 1e6
 
 
+def streams(data, batches, batch_size=128):
+    """Images per second in pairs: each decoded for itself, and an image of both streams once."""
+    imbalance = min(100, data.class_counts.max().item())
+    data = data.subset(datasets.cut(data.labels, data.num_classes, imbalance))
+    sampler = datasets.PairSampler(
+        datasets.EpochSampler(data, 0),
+        datasets.EpochSampler(data, 0, 1, weights=(1 / data.class_counts)[data.labels]),
+    )
+    items = list(sampler)[: batches * batch_size]
+    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    pairs = datasets.Pairs(data)
+
+    def apart(batch):
+        return [data.__getitems__(of) for of in zip(*batch, strict=True)]
+
+    rates = [2 * batch_size * rate(way, batches) for way in (apart, pairs.__getitems__)]
+    return dict(zip(("streams_apart", "streams"), rates, strict=True))
+
+
 def measure(folder, epochs, limit):
     torch.set_num_threads(1)
     args = cli.Args(
@@ -93,10 +106,12 @@ def measure(folder, epochs, limit):
     jitter = v2.Compose([crop, v2.ColorJitter(0.4, 0.4, 0.4)])
     line = {"benchmark": "files", "images": len(train_set), "measured": len(paths)}
     line["kb_per_file"] = sum(path.stat().st_size for path in paths) / len(paths) / 1e3
-    for name, decode in (("pil", by_pil), ("torchvision", by_torchvision), ("both", by_both)):
+    ways = ("pil", datasets.read_image), ("pil_tensor", as_tensor), ("ours", datasets.read_pixels)
+    for name, decode in ways:
         line[f"decode_{name}"] = rate(decode, paths)
         line[f"sample_{name}"] = rate(lambda path, decode=decode: crop(decode(path)), paths)
         line[f"jitter_{name}"] = rate(lambda path, decode=decode: jitter(decode(path)), paths)
+    line |= streams(train_set, max(limit // 128, 1))
     sampler = datasets.EpochSampler(train_set, 0)
     for workers in (0, 1, 2):
         train_set.workers, seen = workers, []

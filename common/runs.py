@@ -383,11 +383,12 @@ def peak_memory(device):
 
 
 def device_name(device):
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} ({platform.machine()})"
-    )
+    """The GPU's name, or what the system says of its processor, and the number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    models = [line.partition(": ")[2] for line in facts.splitlines() if line.startswith("model name")]
+    return f"{device.type} ({(models or [platform.machine()])[0]}, {os.cpu_count()} cores)"
 
 
 def commit():
