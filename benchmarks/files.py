@@ -91,7 +91,8 @@ def streams(data, batches, batch_size=128):
     def apart(batch):
         return [data.__getitems__(of) for of in zip(*batch, strict=True)]
 
-    rates = [2 * batch_size * rate(way, batches) for way in (apart, pairs.__getitems__)]
+    images = 2 * len(items) / len(batches)
+    rates = [images * rate(way, batches) for way in (apart, pairs.__getitems__)]
     return dict(zip(("streams_apart", "streams"), rates, strict=True))
 
 
