@@ -373,7 +373,7 @@ def train_one_meta_epoch(
     if not args.bn_train_in_stage2:
         network.eval()
     batches = learner.batches(loader, epoch, accelerator, args)
-    for meta_batch, (images, labels, factors) in zip(run.steps(meta_loader), batches, strict=True):
+    for meta_batch, (images, labels, factors) in zip(run.steps(meta_loader), batches, strict=False):
         with torch.no_grad(), accelerator.autocast():
             features, meta_features = network.features(images), network.features(meta_batch[0])
         pairs = (features.float(), labels), (meta_features.float(), meta_batch[1])

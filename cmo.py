@@ -389,7 +389,7 @@ def train_one_epoch(run, model, loader, optimizer, train_set, epoch, args):
     model.train(epoch < args.epochs or args.las_shift_bn)
     accelerator, class_counts = run.accelerator, train_set.class_counts
     plan = mixing_plan(epoch, len(loader), train_set.shape[1:], args)
-    for ((images, labels), foreground), draw in zip(run.steps(loader), plan, strict=True):
+    for ((images, labels), foreground), draw in zip(run.steps(loader), plan, strict=False):
         shares = [(labels, 1.0)]
         if draw is not None:
             if foreground is None:  # plain CutMix, mixup, Remix: each process permutes its share of the batch

@@ -371,7 +371,7 @@ def train_one_epoch(run, model, loaders, optimizer, weighting, stage, epoch, arg
         run.accelerator.unwrap_model(model, keep_torch_compile=False).eval()
     weighting.begin_epoch()
     dev_batches = loaders[1] if len(loaders) > 1 else [None] * len(loaders[0])
-    for batch, dev_batch in zip(run.steps(loaders[0]), dev_batches, strict=True):
+    for batch, dev_batch in zip(run.steps(loaders[0]), dev_batches, strict=False):
         images, labels = batch
         if dev_batch is not None:
             weights = weighting.learn(batch, dev_batch, inner_learning_rate(epoch, args))

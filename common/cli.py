@@ -102,6 +102,19 @@ class Args:
     few_classes: int | None = option(
         None, "few-shot are this many rarest classes, instead of --few-under", least=0
     )
+    allow_empty_classes: bool = option(
+        False, "leave out classes without training images, and their test images"
+    )
+    check_data: bool = option(
+        False, "only look whether every list, folder and image is there, and name those that are not"
+    )
+    decode: bool = option(
+        False, "read every image, too, and name the broken ones", needs=dict(check_data=(True,))
+    )
+    dry_run: bool = option(
+        False,
+        "only two steps, a batch of the test and a checkpoint of each stage, and tell how long all takes",
+    )
     output_dir: str | None = option(None, "folder of the run (default: runs/SCRIPT/DATASET_IMBALANCE_SEED)")
     resume: str = option(
         "no",
@@ -266,9 +279,20 @@ def parse(args_class, recipes, doc, argv=None):
         first.add_argument(flag(name), default=defaults[name], dest=name, **how)
     chosen = vars(first.parse_known_args(words)[0])
     parser = make_parser(args_class, doc, resolve(defaults | chosen))
+    parser.add_argument("--print-config", action="store_true", help="print every option and where it is from")
     given, unknown = parser.parse_known_args(words)
     if unknown:
         near = nearest(unknown[0], parser._option_string_actions)
         fail(f"{unknown[0]}: no such option{near or '; --help lists them all'}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    return build(args_class, recipes, **given)
+    print_config = given.pop("print_config")
+    args = build(args_class, recipes, **given)
+    if print_config:
+        for name, value in dataclasses.asdict(args).items():
+            source = (
+                "command line" if name in given else "recipe" if name in recipes[args.dataset] else "default"
+            )
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            print(f"{flag(name):24} {'-' if shown in ('', None) else shown!s:24} {source}")
+        raise SystemExit(0)
+    return args

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from accelerate.utils import gather_object, send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from common import augment, cli
 
@@ -470,13 +472,17 @@ IN_MEMORY_SIZE = 64  # images up to this side are kept in memory
 def load(args):
     """(train, test) of args.dataset. Stops with one line where something is missing or wrong."""
     train, test = read(args)
-    counts = f"{train.num_classes} classes of {train.class_counts.min()} to {train.class_counts.max()}"
-    cli.say(f"{args.dataset}: {len(train)} training images in {counts}, {len(test)} test images")
+    tell(args, train.class_counts, len(test))
     return train, test
 
 
-def load_list(args, option):
-    """The images of the list file that `option` names, maybe in --data-dir; at least one of every class."""
+def tell(args, class_counts, tests):
+    counts = f"{len(class_counts)} classes of {class_counts.min()} to {class_counts.max()}"
+    cli.say(f"{args.dataset}: {class_counts.sum()} training images in {counts}, {tests} test images")
+
+
+def find_list(args, option):
+    """The list file that `option` names, maybe in --data-dir."""
     file, there = Path(getattr(args, option)), f"{cli.flag(option)} {getattr(args, option)}"
     file = file if file.is_file() else Path(args.data_dir, file)
     if args.dataset not in (*LISTS, "image_list"):
@@ -485,10 +491,16 @@ def load_list(args, option):
         cli.fail(
             f"{there}: no such list file, nor in --data-dir {args.data_dir}; put it there or name another"
         )
-    images = read(dataclasses.replace(args, test_list=str(file)))[1]
+    return file
+
+
+def load_list(args, option):
+    """The images of the list file that `option` names; at least one of every class."""
+    images = read(dataclasses.replace(args, test_list=str(find_list(args, option))))[1]
     images = images.subset(np.arange(len(images)))  # with class counts of its own
     missing = (images.class_counts == 0).nonzero()
     if len(missing):
+        there = f"{cli.flag(option)} {getattr(args, option)}"
         cli.fail(f"{there}: names no image of class {missing[0].item()}; give a list with images of each")
     return images
 
@@ -531,6 +543,7 @@ def in_memory(train, test, class_names, statistics, **augmentation):
 def load_torchvision(args):
     """MNIST-style sets come without augmentation and normalisation, the CIFARs with both."""
     (make, folder, largest), root = TORCHVISION[args.dataset], Path(args.data_dir)
+    is_new = not root.exists()
     with PartialState().main_process_first():
         try:
             train, test = (make(root, train=part) for part in (True, False))
@@ -538,6 +551,8 @@ def load_torchvision(args):
             try:
                 train, test = (make(root, train=part, download=True) for part in (True, False))
             except Exception as e:  # a download fails in many ways
+                if is_new:
+                    shutil.rmtree(root, ignore_errors=True)
                 cli.fail(f"--data-dir {root}: {folder} is not complete there and cannot be downloaded ({e})")
     labels, test_labels = (np.asarray(part.targets) for part in (train, test))
     generator = np.random.RandomState(0)
@@ -586,25 +601,39 @@ def coloured(images, colours):
     return (images[:, None].long() * colours // 255).to(torch.uint8)
 
 
-def load_files(args):
-    """Folders or lists. Images of a small --image-size, or small and square ones, go to memory."""
+def find_files(args):
+    """(folder, class names, statistics, (train paths, labels), (test paths, labels)); no image is opened."""
     root = Path(args.data_dir)
     if not root.is_dir():
-        cli.fail(
-            f"--data-dir {root}: no such folder; it should hold the images of {args.dataset} (README: Data)"
-        )
+        held = ", ".join((*LISTS.get(args.dataset, ())[:2], f"the images of {args.dataset}"))
+        cli.fail(f"--data-dir {root}: no such folder; it should hold {held} (README: Data)")
     read = read_folders if args.dataset == "image_folder" else read_lists
-    names, statistics, (paths, labels), (test_paths, test_labels) = read(root, args)
-    missing = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
-    if len(missing):
-        cli.fail(
-            f"--data-dir {root}: class {names[missing[0]]} has no training image; add some or take it out"
-        )
+    names, statistics, (paths, labels), test = read(root, args)
+    if args.imbalance and args.dataset in LISTS:
+        cli.fail(f"--imbalance {args.imbalance:g}: {args.dataset} is a fixed list; leave the option out")
+    trained = np.bincount(labels, minlength=len(names)) > 0
+    if not trained.all():
+        empty = [name for name, some in zip(names, trained, strict=True) if not some]
+        what = f"no training image of {len(empty)} of {len(names)} classes: {', '.join(empty[:3])}"
+        if not args.allow_empty_classes:
+            cli.fail(f"--data-dir {root}: {what}; add images, or --allow-empty-classes leaves them out")
+        kept = np.flatnonzero(trained[test[1]])
+        cli.say(f"note: {what}; left out, with {len(test[1]) - len(kept)} test images")
+        number = trained.cumsum() - 1
+        names = [name for name in names if name not in empty]
+        labels, test = number[labels], ([test[0][i] for i in kept], number[test[1][kept]])
     if args.imbalance:
-        if args.dataset in LISTS:
-            cli.fail(f"--imbalance {args.imbalance:g}: {args.dataset} is a fixed list; leave the option out")
         kept = cut(labels, len(names), args.imbalance)
         paths, labels = [paths[i] for i in kept], labels[kept]
+    return root, names, statistics, (paths, labels), test
+
+
+def load_files(args):
+    """Folders or lists. Images of a small --image-size, or small and square ones, go to memory."""
+    root, names, statistics, (paths, labels), (test_paths, test_labels) = find_files(args)
+    both = set(paths) & set(test_paths)
+    if both:
+        cli.say(f"note: {len(both)} test images are training images, too, such as {min(both)}")
     size = args.image_size or native_size(root / paths[0])
     if size <= IN_MEMORY_SIZE:
         parts = (read_all(root, paths, size), labels), (read_all(root, test_paths, size), test_labels)
@@ -614,6 +643,41 @@ def load_files(args):
     options = {name: getattr(args, name) for name in augmentation} | dict(workers=args.num_workers)
     parts = (paths, labels), (test_paths, test_labels)
     return tuple(ImageFiles(root, *part, *facts, **options) for part in parts)
+
+
+def check(args):
+    """--check-data: names the first images that are missing, in both parts or, with --decode, broken.
+
+    Fails if there are such. Says what `load` would say.
+    """
+    if args.dataset not in (*LISTS, "image_folder", "image_list"):
+        if args.check_data:
+            load(args)
+        return
+    root, names, _, (paths, labels), (test_paths, _) = find_files(args)
+    others = [name for name in ("dev_list", "meta_list") if getattr(args, name, None)]
+    more = [read_list(find_list(args, name), len(names))[0] for name in others]
+    every, both = list(dict.fromkeys(itertools.chain(paths, test_paths, *more))), set(paths) & set(test_paths)
+
+    def problem(path):
+        try:
+            if args.decode or not (root / path).is_file():
+                read_pixels(root / path)
+        except OSError as e:
+            return str(e)
+
+    with ThreadPoolExecutor() as pool:
+        found = tqdm(pool.map(problem, every), "checking", len(every), leave=False, disable=None)
+        problems = [one for one in found if one]
+    if problems or both:
+        missing = sum(": no such image" in one for one in problems)
+        counts = f"{missing} missing, {len(problems) - missing} broken, {len(both)} for training and test"
+        hint = "; is it another edition of the data set?" if missing > len(every) / 2 else ""
+        twice = [f"{path}: for training and test" for path in sorted(both)]
+        cli.fail(*problems[:10], *twice[:10], f"--check-data: of {len(every)} images {counts}{hint}")
+    if args.check_data:
+        tell(args, np.bincount(labels), len(test_paths))
+    cli.say(f"all {len(every)} images are there" + " and can be read" * args.decode)
 
 
 def native_size(path):

@@ -1,5 +1,7 @@
 """Accuracy on the test set, exact over any number of processes, by many-, medium- and few-shot classes."""
 
+import itertools
+
 import torch
 
 ACCURACIES = ("all", "many", "medium", "few")
@@ -61,14 +63,14 @@ def summarize(
 
 
 @torch.no_grad()
-def predict(accelerator, model, loader):
+def predict(accelerator, model, loader, batches=None):
     """(labels [N], best classes [N, 5], confidence of the best [N]) of every test image once, on the CPU.
 
-    A model that makes M predictions, [B, M, K], gives [N, M, 5] and [N, M].
+    A model that makes M predictions, [B, M, K], gives [N, M, 5] and [N, M]. batches: how many, if not all.
     """
     model.eval()
     parts = []
-    for images, labels in loader:
+    for images, labels in itertools.islice(loader, batches):
         logits = model(images).float()
         confidences, top = logits.softmax(-1).topk(min(5, logits.shape[-1]))
         parts.append(accelerator.gather_for_metrics((labels, top, confidences[..., 0])))
@@ -80,13 +82,15 @@ def per_split(accelerator, model, loader, class_counts, args, names=None):
     """`summarize` of the model on the prepared `loader`; class_counts [K] of the training set.
 
     names: of the predictions of a model that makes several; then that of args.prediction, and under
-    "predictions" the accuracies of each.
+    "predictions" the accuracies of each. In a dry run of one batch, and "batches" says how many there are.
     """
-    labels, top, confidences = predict(accelerator, model, loader)
+    labels, top, confidences = predict(accelerator, model, loader, 1 if args.dry_run else None)
     split = args.many_over, args.few_under, args.many_classes, args.few_classes
     if names is None:
-        return summarize(labels, top, confidences, class_counts, *split)
-    several = zip(names, top.unbind(1), confidences.unbind(1), strict=True)
-    results = {name: summarize(labels, *one, class_counts, *split) for name, *one in several}
-    accuracies = {name: {k: result[k] for k in ACCURACIES} for name, result in results.items()}
-    return {**results[args.prediction], "predictions": accuracies}
+        result = summarize(labels, top, confidences, class_counts, *split)
+    else:
+        several = zip(names, top.unbind(1), confidences.unbind(1), strict=True)
+        results = {name: summarize(labels, *one, class_counts, *split) for name, *one in several}
+        accuracies = {name: {k: result[k] for k in ACCURACIES} for name, result in results.items()}
+        result = {**results[args.prediction], "predictions": accuracies}
+    return result | {"batches": len(loader)} if args.dry_run else result

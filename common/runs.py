@@ -15,9 +15,11 @@ import platform
 import random
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -26,15 +28,16 @@ import accelerate
 import numpy as np
 import torch
 import torchvision
+from accelerate.utils import broadcast_object_list
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import cli
-from common.datasets import epoch_seed
+from common import cli, datasets
 from common.evaluation import ACCURACIES
 
 # Options that may change on resuming: they train nothing.
 NOT_COMPARED = ("output_dir", "data_dir", "resume", "overwrite", "num_workers", "visualize")
+NOT_COMPARED += ("check_data", "decode", "dry_run")
 SAME = ("dataset", "imbalance", "train_list", "test_list", "image_size", "arch")  # in both of two stages
 STAGE1_SCRIPTS = ("cmo.py", "decoupled_crt.py", "balanced_meta_softmax.py")
 CHECK_EVERY = 100  # steps between two looks at the loss
@@ -43,6 +46,10 @@ PER_CLASS = ("class_counts", "per_class")  # of the last epoch alone
 
 def start(accelerator, args, epochs=None):
     """The Run of `args`, of `epochs` (all stages; default args.epochs). Refuses at once what cannot work."""
+    if args.check_data or args.dry_run:
+        datasets.check(args)
+    if args.check_data:
+        raise SystemExit(0)
     processes = accelerator.num_processes
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and processes == 1:
@@ -69,6 +76,7 @@ def start(accelerator, args, epochs=None):
     if run.is_command:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.stop)
+        sys.excepthook = run.explain
     return run
 
 
@@ -90,25 +98,52 @@ class Run:
         self.epochs = epochs  # of all stages
         self.is_command = type(args).__module__ == "__main__"  # and not called from Python
         self.script, self.pid = script_of(args), os.getpid()
-        self.folder = output_folder(args)
-        self.files = [self.folder / name for name in ("args.json", "metrics.jsonl", "result.json")]
+        self.folder, self.shape = output_folder(args), ()
         self.history, self.per_class, self.tracked, self.recorded = [], {}, {}, {}
         self.commit = commit()  # of the code that runs, whatever is checked out later
         self.checkpoint = self.look()
+        if args.dry_run:  # in a folder of its own
+            folder = [tempfile.mkdtemp() if self.main else None]
+            self.folder, self.checkpoint = Path(broadcast_object_list(folder)[0]), None
+            self.lasting = []  # seconds of each stage
         self.first_epoch = self.checkpoint["epoch"] + 1 if self.checkpoint else 0
         self.is_made = self.checkpoint is not None
         accelerator.wait_for_everyone()  # all processes have looked before the first one writes
 
+    @property
+    def files(self):
+        return [self.folder / name for name in ("args.json", "metrics.jsonl", "result.json")]
+
+    def kept(self):
+        """What --resume finds; a checkpoint is whole, being written beside and renamed."""
+        saved = sorted((self.folder / "checkpoint").glob("epoch_*.json"))
+        kept = f"goes on after epoch {int(saved[-1].stem[6:]) + 1}" if saved else "has no epoch to go on from"
+        return f"--resume {kept}"
+
     def stop(self, number, frame):
-        """End at a signal with one line; the last checkpoint is whole, being written beside and renamed."""
+        """End at a signal with one line."""
         if os.getpid() != self.pid:  # a loader process, which inherits this: its parent ends it
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        saved = sorted((self.folder / "checkpoint").glob("epoch_*.json"))
-        kept = f"goes on after epoch {int(saved[-1].stem[6:]) + 1}" if saved else "has no epoch to go on from"
-        cli.say(f"stopped by {signal.Signals(number).name}; --resume {kept}")
+        cli.say(f"stopped by {signal.Signals(number).name}; {self.kept()}")
         os._exit(128 + number)  # an exception would be lost in a __del__, such as a loader's
+
+    def explain(self, kind, error, trace):
+        """One line for an error that is not the program's own; others keep their traceback."""
+        size, memory = "x".join(map(str, self.shape)), peak_memory(self.accelerator.device) / 1e9
+        batch = f"--batch-size {self.args.batch_size}, images of {size}, peak {memory:.1f} GB"
+        if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            line = f"out of memory ({batch}); halve --batch-size"
+        elif "DataLoader worker" in str(error):
+            line = f"a loader process died ({batch}); if it was for lack of memory, lower --num-workers"
+        elif issubclass(kind, torch.distributed.DistError) or "gloo" in str(error):
+            line = "another process of the run has ended"
+        else:
+            sys.__excepthook__(kind, error, trace)
+            return
+        cli.say(f"{line}; {self.kept()}", here=True)
+        os._exit(1)  # without waiting for other processes
 
     # -------------------------------------------------------------------------------- folder and checkpoint
 
@@ -185,7 +220,8 @@ class Run:
             except OSError as e:
                 cli.fail(f"--output-dir {self.folder}: cannot be written ({e.strerror})")
         self.is_made = True
-        return range(max(epochs.start, self.first_epoch), epochs.stop)
+        left = range(max(epochs.start, self.first_epoch), epochs.stop)
+        return left[:1] if self.args.dry_run else left
 
     # --------------------------------------------------------------------------------------------- an epoch
 
@@ -193,7 +229,8 @@ class Run:
         """Seed everything from (seed, epoch), so that a resumed run repeats the unbroken one."""
         self.epoch, self.begun, self.recorded = epoch, time.perf_counter(), {}
         self.stats, self.rate = {"loss": None}, None  # of an epoch without steps
-        seed = epoch_seed(self.args.seed, epoch, stream=99)
+        self.steps_per_epoch, self.step_seconds, self.steps_end = 0, 0.0, self.begun
+        seed = datasets.epoch_seed(self.args.seed, epoch, stream=99)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
@@ -204,11 +241,18 @@ class Run:
         """The batches of `loader`, with a progress bar on a terminal and now and then a look at the loss."""
         label = f"epoch {self.epoch + 1}/{self.epochs}"
         bar = tqdm(loader, label, leave=False, disable=not (self.main and sys.stderr.isatty()))
+        every, last = (1, min(2, len(loader))) if self.args.dry_run else (CHECK_EVERY, len(loader))
+        self.steps_per_epoch, ends = len(loader), [self.begun]
         for step, batch in enumerate(bar, 1):
+            self.shape = shape_of(batch)
             yield batch
-            if step % CHECK_EVERY == 0 or step == len(loader):
+            if step % every == 0 or step == last:
                 self.stats = self.means()
                 bar.set_postfix(loss=f"{self.stats['loss']:.4f}")
+                ends.append(time.perf_counter())
+            if self.args.dry_run and step == last:
+                break
+        self.step_seconds, self.steps_end = ends[-1] - ends[-2], ends[-1]
         batch = getattr(loader, "total_batch_size", self.args.batch_size)
         self.rate = len(loader) * batch / (time.perf_counter() - self.begun)
 
@@ -238,17 +282,35 @@ class Run:
     def end_epoch(self, epoch, accuracy):
         """Log the epoch and write its checkpoint. accuracy: what evaluation.per_split returned."""
         self.per_class = {name: accuracy.pop(name) for name in PER_CLASS}
+        testing, batches = time.perf_counter() - self.steps_end, accuracy.pop("batches", None)
         line = {"epoch": epoch, "lr": self.lr(), **self.stats, **accuracy, "images_per_second": self.rate}
         line["seconds"] = time.perf_counter() - self.begun
         self.history.append(line)
         formats = {"lr": ".3g", "loss": ".4f", **dict.fromkeys(ACCURACIES, ".2f")}
         shown = " ".join(f"{k} {'-' if line[k] is None else format(line[k], f)}" for k, f in formats.items())
-        cli.say(f"epoch {epoch + 1}/{self.epochs} {shown} ({line['seconds']:.1f} s)")
+        if not self.args.dry_run:
+            cli.say(f"epoch {epoch + 1}/{self.epochs} {shown} ({line['seconds']:.1f} s)")
         if self.main:
             write_file(self.files[1], "".join(json.dumps(line) + "\n" for line in self.history))
             state = {name: thing.state_dict() for name, thing in self.tracked.items()}
             content = {**self.facts(), "epoch": epoch, "history": self.history, "per_class": self.per_class}
             save_checkpoint(self.folder / "checkpoint", epoch, {**content, "state": state})
+        if self.args.dry_run:
+            self.check_stage(epoch, testing, batches)
+
+    def check_stage(self, epoch, testing, batches):
+        """Of a dry run: read the checkpoint back and say how long the stage takes. testing: a batch, in s."""
+        self.accelerator.wait_for_everyone()
+        state = load_checkpoint(self.folder / "checkpoint")["state"]
+        for name, thing in self.tracked.items():
+            thing.load_state_dict(state[name])
+        steps = self.steps_per_epoch
+        seconds = len(self.stage) * (steps * self.step_seconds + batches * testing)
+        self.lasting.append(seconds)
+        size = (self.folder / "checkpoint" / f"epoch_{epoch:04d}.pt").stat().st_size / 1e6
+        each = f"{steps} steps of {self.step_seconds:.2g} s and {batches} test batches of {testing:.2g} s"
+        took = f"about {seconds / 60:.1f} minutes; checkpoints of {size:.1f} MB"
+        cli.say(f"epochs {self.stage.start + 1} to {self.stage.stop}: each {each}, in all {took}")
 
     def save_grid(self, name, *columns):
         """Draw a PNG into the run's folder: a row shows an image of each of `columns`.
@@ -275,6 +337,8 @@ class Run:
 
     def finish(self, **facts):
         """The result of the last epoch, and facts: a dict, one JSON line on stdout, and result.json."""
+        if self.args.dry_run:
+            return self.end_dry_run()
         accelerator, args, last, file = self.accelerator, self.args, self.history[-1], self.files[2]
         if self.first_epoch == self.epochs and file.exists():  # a finished run, resumed
             result = json.loads(file.read_text())
@@ -310,6 +374,20 @@ class Run:
             print(json.dumps(short), flush=True)
         accelerator.end_training()
         return result
+
+    def end_dry_run(self):
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            shutil.rmtree(self.folder)
+        seconds, memory = sum(self.lasting), peak_memory(self.accelerator.device) / 1e9
+        cli.say(f"--dry-run: the whole run would take about {seconds / 60:.1f} minutes, and {memory:.1f} GB")
+        self.accelerator.end_training()
+        return {"seconds": seconds}
+
+
+def shape_of(batch):
+    """(C, H, W) of the images of a batch, which may be of several streams."""
+    return tuple(batch.shape[1:]) if isinstance(batch, torch.Tensor) else shape_of(batch[0])
 
 
 def read_finished(folder):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -77,20 +78,33 @@ def run_here(script, **options):
     return module.main(cli.build(module.Args, module.RECIPES, **options))
 
 
-def kill_at(folder, moment):
-    """Environment in which a run kills itself right after step S of epoch E, "E:S", on any machine."""
-    (folder / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
-        "if os.environ.get('KILL_AT'):\n"
-        "    import common.runs as runs\n"
-        "    record, epoch, step = runs.Run.record, *map(int, os.environ['KILL_AT'].split(':'))\n"
-        "    def killing(self, **values):\n"
-        "        record(self, **values)\n"
-        "        if self.epoch == epoch and len(self.recorded['loss']) == step:\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    runs.Run.record = killing\n"
+def sabotage(folder, code):
+    """Environment in which every process of a run, but not its launcher, begins with `code`."""
+    head = "import os, sys\nif sys.argv[:1] != ['-m']:\n    from common import runs\n    import torch\n"
+    (folder / "sitecustomize.py").write_text(head + textwrap.indent(code, "    "))
+    return dict(PYTHONPATH=f"{folder}{os.pathsep}{ROOT}")
+
+
+def after_step(folder, moment, code, rank=0):
+    """Environment in which the process `rank` of a run does `code` in step S of epoch E, "E:S", from 0.
+
+    There `values` are what the step records.
+    """
+    epoch, step = moment.split(":")
+    return sabotage(
+        folder,
+        "record = runs.Run.record\n"
+        "def failing(self, **values):\n"
+        f"    now = self.epoch == {epoch} and len(self.recorded.get('loss', [])) == {step}\n"
+        f"    if now and os.environ.get('RANK', '0') == '{rank}':\n"
+        f"        {code}\n"
+        "    record(self, **values)\n"
+        "runs.Run.record = failing\n",
     )
-    return dict(KILL_AT=moment, PYTHONPATH=f"{folder}{os.pathsep}{ROOT}")
+
+
+def kill_at(folder, moment):
+    return after_step(folder, moment, "os.kill(os.getpid(), 9)")
 
 
 def result_of(done):

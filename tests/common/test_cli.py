@@ -147,6 +147,16 @@ def test_an_option_without_effect_is_refused(capsys):
     assert "how dark; for --colour blue or green or --fast" in " ".join(capsys.readouterr().out.split())
 
 
+def test_where_values_are_from(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--print-config --lr 0.5 --seed 3")
+    assert stop.value.code == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["--lr"] == ["0.5", "command", "line"] and lines["--seed"] == ["3", "command", "line"]
+    assert lines["--lr-steps"] == ["2", "3", "recipe"] and lines["--wd"] == ["0.0", "default"]
+    assert lines["--output-dir"] == ["-", "default"] and "--print-config" not in lines
+
+
 def test_batch_sizes_without_effect_are_not_judged(capsys):
     """The rest of two processes matters where a batch is used."""
     import cmo

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -524,11 +525,138 @@ def test_class_without_training_images(folder, capsys):
     for path in (folder / "train" / "class 1").iterdir():
         path.unlink()
     line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
-    assert line.startswith(f"--data-dir {folder}: class class 1 has no training image")
+    assert line == (
+        f"--data-dir {folder}: no training image of 1 of 2 classes: class 1; "
+        "add images, or --allow-empty-classes leaves them out"
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"truncated"])
-@pytest.mark.parametrize("size, workers", [(32, 0), (72, 0), (72, 2)])
+def test_empty_classes_can_be_left_out(folder, capsys):
+    """Classes are numbered anew, and the test images of the empty ones go, too."""
+    for part in ("train", "test"):
+        shutil.copytree(folder / part / "class 1", folder / part / "class 2")
+    for path in (folder / "train" / "class 1").iterdir():
+        path.unlink()
+    for lists in ({}, write_lists(folder)):
+        train, test = datasets.load(folder_args(folder, **lists, allow_empty_classes=True))
+        note = capsys.readouterr().err.splitlines()[0]
+        assert note.startswith("note: no training image of 1 of 3 classes: ")
+        assert note.endswith("1; left out, with 2 test images")
+        assert train.class_names == (["0", "2"] if lists else ["class 0", "class 2"])
+        assert train.class_counts.tolist() == [6, 3]
+        assert train.labels.tolist() == [0] * 6 + [1] * 3 and test.labels.tolist() == [0, 0, 1, 1]
+        assert [path.decode()[:14] for path in test.paths] == ["test/class 0/e"] * 2 + ["test/class 2/e"] * 2
+    args = folder_args(folder, allow_empty_classes=True, imbalance=2.0)
+    assert datasets.load(args)[0].class_counts.tolist() == [6, 3]
+
+
+def test_images_in_both_parts_are_told(folder, capsys):
+    lists = write_lists(folder)
+    with open(lists["test_list"], "a") as file:
+        file.write("\ntrain/class 0/ein Bild für 2.png 0\n")
+    datasets.load(folder_args(folder, **lists))
+    note = "note: 1 test images are training images, too, such as train/class 0/ein Bild für 2.png"
+    assert capsys.readouterr().err.splitlines()[0] == note
+    with pytest.raises(SystemExit):
+        datasets.check(folder_args(folder, **lists, check_data=True))
+    assert capsys.readouterr().err.splitlines() == [
+        "train/class 0/ein Bild für 2.png: for training and test",
+        "--check-data: of 13 images 0 missing, 0 broken, 1 for training and test",
+    ]
+
+
+def test_missing_images_are_counted(jpegs, jpeg_lists, tmp_path, capsys):
+    """Of lists of 69 images first 3, then 36; a folder is no image."""
+    args = Args(**jpeg_lists, check_data=True)
+    datasets.check(args)
+    assert capsys.readouterr().err.splitlines() == [
+        "image_list: 60 training images in 3 classes of 20 to 20, 9 test images",
+        "all 69 images are there",
+    ]
+    files = [tmp_path / "data" / part for part in open(args.train_list).read().split("\n")]
+    files = [file.with_name(file.name.rpartition(" ")[0]) for file in files]
+    for file in files[:3]:
+        file.unlink()
+    files[1].mkdir()
+    with pytest.raises(SystemExit) as stop:
+        datasets.check(args)
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert (
+        stop.value.code == 2
+        and last == "--check-data: of 69 images 2 missing, 1 broken, 0 for training and test"
+    )
+    assert lines[0] == f"{files[0]}: no such image; check --data-dir and the list" and len(lines) == 3
+    for file in files[3:36]:
+        file.unlink()
+    with pytest.raises(SystemExit):
+        datasets.check(args)
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert last.endswith(
+        "35 missing, 1 broken, 0 for training and test; is it another edition of the data set?"
+    )
+
+
+def test_broken_images_are_counted(jpegs, tmp_path, capsys):
+    """All of them, with --decode; without it they are there."""
+    whole = (tmp_path / "data" / "train" / "class 0" / "5.jpg").read_bytes()
+    contents = {"0": b"", "1": b"<html>", "2": whole[:500]}
+    for name, content in contents.items():
+        (tmp_path / "data" / "train" / "class 1" / f"{name}.jpg").write_bytes(content)
+    datasets.check(Args(**jpegs, check_data=True))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        datasets.check(Args(**jpegs, check_data=True, decode=True))
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert last == "--check-data: of 69 images 0 missing, 3 broken, 0 for training and test"
+    for name, line in zip(contents, lines, strict=True):
+        assert line.startswith(f"{tmp_path}/data/train/class 1/{name}.jpg: not readable as an image")
+
+
+def test_lists_of_a_script_are_checked(jpeg_lists, tmp_path, capsys):
+    import meta_weights
+
+    line = (tmp_path / "dev.txt").read_text().splitlines()[0]
+    (tmp_path / "dev.txt").write_text(line.replace("/0.jpg", "/gone.jpg"))
+    args = meta_weights.Args(**jpeg_lists, dev_list=str(tmp_path / "dev.txt"), check_data=True)
+    with pytest.raises(SystemExit):
+        datasets.check(args)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("--check-data: of 70 images 1 missing")
+
+
+def test_sets_without_files_are_loaded(capsys):
+    datasets.check(Args(check_data=True, batch_size=8))
+    assert capsys.readouterr().err.startswith("synthetic: 1236 training images")
+
+
+def test_a_failed_download_leaves_no_folder(tmp_path, monkeypatch):
+    def make(root, train, download=False):
+        if not download:
+            raise RuntimeError("not found")
+        (root / "MNIST").mkdir(parents=True)
+        raise OSError("no network")
+
+    monkeypatch.setitem(datasets.TORCHVISION, "mnist_lt", (make, "MNIST/raw", 6000))
+    with pytest.raises(SystemExit):
+        datasets.load(Args(dataset="mnist_lt", data_dir=str(tmp_path / "typo")))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with pytest.raises(SystemExit):
+        datasets.load(Args(dataset="mnist_lt", data_dir=str(tmp_path / "there")))
+    assert (tmp_path / "there").is_dir()
+
+
+@pytest.mark.parametrize(
+    "content, size, workers",
+    [
+        (b"", 32, 0),
+        (b"<html>", 32, 0),
+        (b"truncated", 32, 0),
+        (b"", 72, 0),
+        (b"<html>", 72, 0),
+        (b"truncated", 72, 2),
+    ],
+)
 def test_corrupt_images_are_named(folder, capsys, content, size, workers):
     path = folder / "train" / "class 0" / "ein Bild für 0.jpg"
     path.write_bytes(path.read_bytes()[:300] if content == b"truncated" else content)

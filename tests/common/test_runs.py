@@ -1,6 +1,7 @@
 """common.runs: folders, checkpoints, the log and the result."""
 
 import json
+import tempfile
 
 import pytest
 import torch
@@ -269,6 +270,52 @@ def test_processes_that_do_not_see_each_other(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = refusal(lambda: runs.start(accelerator, tiny(tmp_path)), capsys)
     assert line.startswith("2 processes were started but each sees 1")
+
+
+def test_dry_run(tmp_path, capsys, monkeypatch):
+    """Two steps, one batch of the test, a checkpoint and back; nothing stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begun, seen = runs.Run.record, []
+    monkeypatch.setattr(runs.Run, "record", lambda run, **v: seen.append(run.epoch) or begun(run, **v))
+    evaluate, tested = cmo.evaluation.summarize, []
+    monkeypatch.setattr(
+        cmo.evaluation, "summarize", lambda labels, *of: tested.append(len(labels)) or evaluate(labels, *of)
+    )
+    loaded, load = [], runs.load_checkpoint
+    monkeypatch.setattr(runs, "load_checkpoint", lambda folder: loaded.append(folder) or load(folder))
+    result = cmo.main(tiny(tmp_path, dry_run=True, epochs=5, las=True, las_epochs=2, las_batch_size=64))
+    assert seen == [0, 0, 5, 5] and tested == [64, 64] and len(loaded) == 2
+    lines = capsys.readouterr().err.splitlines()[-3:]
+    assert lines[0].startswith("epochs 1 to 5: each 19 steps of ") and " and 16 test batches of " in lines[0]
+    assert lines[1].startswith("epochs 6 to 7: each 21 steps of ") and "; checkpoints of 0." in lines[1]
+    took = f"about {result['seconds'] / 60:.1f} minutes, and "
+    assert (
+        lines[2].startswith(f"--dry-run: the whole run would take {took}") and list(tmp_path.iterdir()) == []
+    )
+
+
+def test_time_of_a_dry_run(tmp_path, monkeypatch, capsys):
+    """epochs x (steps x the second step + test batches x the one), of all stages."""
+    args = tiny(tmp_path, dry_run=True)
+    run = begin(args)
+    run.stage, run.steps_per_epoch, run.step_seconds, run.tracked = range(10), 30, 0.5, {}
+    (run.folder / "checkpoint").mkdir()
+    runs.save_checkpoint(run.folder / "checkpoint", 0, {"state": {}})
+    run.check_stage(0, 2.0, 4)
+    run.stage = range(10, 11)
+    run.check_stage(0, 2.0, 4)
+    assert run.end_dry_run() == {"seconds": 10 * (30 * 0.5 + 4 * 2.0) + 23}
+    assert "in all about 3.8 minutes" in capsys.readouterr().err and not run.folder.exists()
+
+
+def test_dry_run_looks_for_the_images(tmp_path, jpegs, capsys):
+    (tmp_path / "data" / "train" / "class 0" / "x.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SystemExit):
+        begin(tiny(tmp_path, **{**jpegs, "dry_run": True}))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("--check-data: of 70 images 1 missing")
+    with pytest.raises(SystemExit) as stop:
+        begin(tiny(tmp_path, check_data=True))
+    assert stop.value.code == 0 and not (tmp_path / "run").exists()
 
 
 def test_default_folder(tmp_path, monkeypatch):
