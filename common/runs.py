@@ -15,7 +15,6 @@ import platform
 import random
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -103,8 +102,8 @@ class Run:
         self.commit = commit()  # of the code that runs, whatever is checked out later
         self.checkpoint = self.look()
         if args.dry_run:  # in a folder of its own
-            folder = [tempfile.mkdtemp() if self.main else None]
-            self.folder, self.checkpoint = Path(broadcast_object_list(folder)[0]), None
+            self.temporary = tempfile.TemporaryDirectory()  # gone with this process, too
+            self.folder, self.checkpoint = Path(broadcast_object_list([self.temporary.name])[0]), None
             self.lasting = []  # seconds of each stage
         self.first_epoch = self.checkpoint["epoch"] + 1 if self.checkpoint else 0
         self.is_made = self.checkpoint is not None
@@ -377,8 +376,7 @@ class Run:
 
     def end_dry_run(self):
         self.accelerator.wait_for_everyone()
-        if self.main:
-            shutil.rmtree(self.folder)
+        self.temporary.cleanup()
         seconds, memory = sum(self.lasting), peak_memory(self.accelerator.device) / 1e9
         cli.say(f"--dry-run: the whole run would take about {seconds / 60:.1f} minutes, and {memory:.1f} GB")
         self.accelerator.end_training()
