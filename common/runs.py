@@ -237,7 +237,10 @@ class Run:
             loader.set_epoch(epoch)
 
     def steps(self, loader):
-        """The batches of `loader`, with a progress bar on a terminal and now and then a look at the loss."""
+        """The batches of `loader`, with a progress bar on a terminal and now and then a look at the loss.
+
+        A dry run stops after two, so what runs beside it is zipped with strict=False.
+        """
         label = f"epoch {self.epoch + 1}/{self.epochs}"
         bar = tqdm(loader, label, leave=False, disable=not (self.main and sys.stderr.isatty()))
         every, last = (1, min(2, len(loader))) if self.args.dry_run else (CHECK_EVERY, len(loader))
