@@ -746,6 +746,9 @@ def read_lists(root, args):
             cli.fail(f"{option} {file}: no such list file; put it there or name another one")
         listed.append(read_list(file, classes))
         classes = classes or int(listed[0][1].max()) + 1
+        if classes > len(listed[0][0]) and not args.allow_empty_classes:
+            given = f"{file}: labels up to {classes - 1}, but {len(listed[0][0])} images"
+            cli.fail(f"{given}; number the classes from 0 on, or --allow-empty-classes leaves out empty ones")
     return [str(k) for k in range(classes)], statistics, *listed
 
 

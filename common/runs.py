@@ -25,6 +25,7 @@ from pathlib import Path
 
 import accelerate
 import numpy as np
+import psutil
 import torch
 import torchvision
 from accelerate.utils import broadcast_object_list
@@ -126,7 +127,7 @@ class Run:
                 os._exit(128 + number)
             return
         cli.say(f"stopped by {signal.Signals(number).name}; {self.kept()}")
-        os._exit(128 + number)  # an exception would be lost in a __del__, such as a loader's
+        leave(128 + number)
 
     def explain(self, kind, error, trace):
         """One line for an error that is not the program's own; others keep their traceback."""
@@ -142,7 +143,7 @@ class Run:
             sys.__excepthook__(kind, error, trace)
             return
         cli.say(f"{line}; {self.kept()}", here=True)
-        os._exit(1)  # without waiting for other processes
+        leave(1)
 
     # -------------------------------------------------------------------------------- folder and checkpoint
 
@@ -384,6 +385,16 @@ class Run:
         cli.say(f"--dry-run: the whole run would take about {seconds / 60:.1f} minutes, and {memory:.1f} GB")
         self.accelerator.end_training()
         return {"seconds": seconds}
+
+
+def leave(code):
+    """End this process at once, and its loader processes: one that has just begun would outlive it.
+
+    An exception could be lost in a __del__, such as a loader's, or wait for processes that are gone.
+    """
+    for child in psutil.Process().children():
+        child.kill()
+    os._exit(code)
 
 
 def shape_of(batch):

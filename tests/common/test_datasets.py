@@ -982,3 +982,12 @@ def test_class_aware_without_whole_rounds():
     labels = torch.arange(3).repeat_interleave(counts)
     drawn = datasets.class_aware(18, labels, counts, torch.Generator(), 4)
     assert len(drawn) == 18 and labels[drawn[16:]].unique().numel() == 1
+
+
+def test_more_classes_than_images(tmp_path, jpegs, jpeg_lists, capsys):
+    """A label that is a mistake, say."""
+    with open(jpeg_lists["train_list"], "a") as file:
+        file.write("\ntrain/class 0/0.jpg 1000000000000")
+    line = refusal(lambda: datasets.load(Args(**jpeg_lists)), capsys)
+    given = f"{jpeg_lists['train_list']}: labels up to 1000000000000, but 61 images; "
+    assert line == given + "number the classes from 0 on, or --allow-empty-classes leaves out empty ones"

@@ -1,7 +1,11 @@
 """common.runs: folders, checkpoints, the log and the result."""
 
 import json
+import subprocess
+import sys
 import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import cmo
 from cmo import Args
 from common import runs
-from tests.conftest import TINY, refusal
+from tests.conftest import ROOT, TINY, refusal
 
 
 def tiny(tmp_path, **options):
@@ -328,3 +332,14 @@ def test_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     line = refusal(lambda: begin(tiny(tmp_path, output_dir=str(tmp_path / "file" / "run"))), capsys)
     assert line.startswith(f"--output-dir {tmp_path}/file/run: {tmp_path}/file is not a folder that can be")
+
+
+def test_leaving_takes_the_children_along(tmp_path):
+    """Whatever they wait for."""
+    code = "import subprocess, sys; from common import runs\n"
+    code += "print(subprocess.Popen(['sleep', '600'], stdout=2).pid, flush=True); runs.leave(7)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 7
+    time.sleep(0.2)
+    stat = Path(f"/proc/{int(done.stdout)}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
