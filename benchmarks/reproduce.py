@@ -59,6 +59,9 @@ def read_paper(paper, on):
                 more = key.removeprefix(on)
                 words = shlex.split(f"{system['command']} --dataset {key}")
                 rows.append((system["system"] + more, words, figure))
+    chosen = [key for key in keys if on and key.split()[: len(on.split())] == on.split()]
+    if len({str(re.findall(r"^\S+|--imbalance \S+", key)) for key in chosen}) > 1:
+        cli.fail(f"--on {on}: several data sets; give one of {'; '.join(chosen)}")
     if not rows:
         problem = f"--on {on}: no column of {paper}" if on else f"--table {paper}: needs --on"
         cli.fail(f"{problem}; give one of {'; '.join(keys)}")
@@ -72,7 +75,7 @@ def slug(text):
 def jobs_of(rows, seeds, folder, more):
     """[(name, command, published, folder of the run)], seed by seed, so that whole tables come first."""
     jobs = []
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for name, words, published in rows:
             of = folder / f"{slug(name)}_{seed}"
             where = ["--seed", str(seed), "--output-dir", str(of), "--resume", "auto"]
@@ -133,9 +136,8 @@ def main(argv=None):
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         results = [result for result in pool.map(lambda job: run(job, threads), jobs) if result]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
     if results:
+        (folder / "table.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
         compare.main([str(folder / "table.jsonl")])
     if len(results) < len(jobs):
         cli.fail(f"{len(jobs) - len(results)} of {len(jobs)} runs failed; the same command runs them again")

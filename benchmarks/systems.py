@@ -7,6 +7,7 @@ With --commands: every figure on a line of its own, with its whole command.
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import re
@@ -63,7 +64,8 @@ def matching(command, results):
         return []
     args = {k: v for k, v in vars(parse(command)).items() if k not in (*NOT_COMPARED, "seed")}
     args = json.loads(json.dumps(args))  # tuples as the lists that are recorded
-    return [r for r in results if all(r["args"].get(k, v) == v for k, v in args.items())]
+    defaults = {field.name: field.default for field in dataclasses.fields(parse(command))}  # of later options
+    return [r for r in results if all(r["args"].get(k, defaults[k]) == v for k, v in args.items())]
 
 
 def cell(system, key, results):

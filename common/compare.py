@@ -1,8 +1,9 @@
 """Finished runs side by side: `python -m common.compare runs/cmo/* [--csv] [--plot compared.png]`.
 
-Takes run folders, result.json files and .jsonl files of result lines. Runs that differ only in the seed
-become one row: the mean over seeds, and +- the standard deviation between them. A run that predicts in
-several ways has a row for each. Result lines with a "row" (benchmarks.reproduce) are called by it.
+Takes run folders, result.json files and .jsonl files of result lines; unfinished runs are left out. Runs
+that differ only in the seed become one row: the mean over seeds, and +- the standard deviation between
+them. A run that predicts in several ways has a row for each. Result lines with a "row"
+(benchmarks.reproduce) are called by it.
 
 --plot draws the rows: accuracy of each class over its training images, accuracy by split, and, of run
 folders, test accuracy over the epochs.
@@ -11,6 +12,7 @@ folders, test accuracy over the epochs.
 import argparse
 import csv
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -19,8 +21,8 @@ from common import cli
 from common.evaluation import ACCURACIES
 from common.runs import NOT_COMPARED
 
-SPLIT = ("dataset", "imbalance", "train_list", "test_list")
-SPLIT += ("many_over", "few_under", "many_classes", "few_classes")
+DATA = ("dataset", "imbalance", "train_list", "test_list", "many_over", "few_under")
+SPLITS = ACCURACIES[1:]
 MARKERS = "os^Dv*PX<>ph"
 
 
@@ -28,6 +30,9 @@ def read(paths):
     """The results that the paths hold, a list of dicts."""
     results = []
     for path in map(Path, paths):
+        if (path / "args.json").is_file() and not (path / "result.json").exists():
+            cli.say(f"note: {path}: not finished; left out")
+            continue
         path = path / "result.json" if path.is_dir() else path
         try:
             text = path.read_text()
@@ -36,8 +41,10 @@ def read(paths):
             history = {"history": list(map(json.loads, log.open()))} if log.is_file() else {}
             for one in [one for result in map(json.loads, lines) for one in by_prediction(result)]:
                 results.append(one | history if one.get("per_class", True) else one)
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             cli.fail(f"{path}: not a finished run or a file of result lines ({e!r})")
+    if not results:
+        cli.fail(f"{paths[0]}: no finished run there; name folders of finished runs")
     return results
 
 
@@ -45,9 +52,28 @@ def by_prediction(result):
     """The result once for each of its predictions, if it has several; classes and epochs are of its own."""
     args, predictions = result["args"], result.get("predictions")
     if predictions is None:
-        return [result]
+        return [result] * bool(result["script"])
     each = [{**result, **own, "args": {**args, "prediction": name}} for name, own in predictions.items()]
-    return [one if one["args"] == args else {**one, "per_class": None} for one in each]
+    other = {"per_class": None, "by_counts": dict.fromkeys(SPLITS)}
+    return [one if one["args"] == args else {**one, **other} for one in each]
+
+
+def on_one_split(results):
+    """The results on equal terms; refuses different data sets, and bounds of many- and few-shot classes.
+
+    Where the numbers of many- or few-shot classes that some have differ, all are taken by the bounds.
+    """
+    names = (*DATA, "data_dir") if results[0]["args"]["dataset"].startswith("image_") else DATA
+    for name in (*names, "many_classes", "few_classes"):
+        values = sorted({str(result["args"].get(name)) for result in results})
+        if len(values) > 1 and name in names:
+            cli.fail(f"the runs differ in {cli.flag(name)} ({', '.join(values)}); compare one set at a time")
+        if len(values) > 1:
+            cli.say(
+                f"note: the runs differ in {cli.flag(name)} ({', '.join(values)}); splits are by the bounds"
+            )
+            results = [result | result.get("by_counts", {}) for result in results]
+    return results
 
 
 def options(result):
@@ -77,21 +103,24 @@ def spread(values):
 def grouped(results):
     """(names of the options that differ, [their values, the results of that row]), in the order given.
 
-    Results of different data sets or splits are refused.
+    An option that a result lacks, of an older version of its script, is taken as off.
     """
-    for name in SPLIT:
-        values = sorted({str(result["args"].get(name)) for result in results})
-        if len(values) > 1:
-            cli.fail(f"the runs differ in {cli.flag(name)} ({', '.join(values)}); compare one set at a time")
     groups = {}
     for result in results:
-        groups.setdefault(json.dumps(options(result), sort_keys=True), []).append(result)
-    keys = [json.loads(key) for key in groups]
-    every = sorted({name for key in keys for name in key} - {"script"})
-    names = ["script"] + [k for k in every if len({str(key[k]) for key in keys if k in key}) > 1]
+        on = {k: v for k, v in options(result).items() if v is not None and v is not False}
+        groups.setdefault(json.dumps(on, sort_keys=True), []).append(result)
+    keys = [options(of[0]) for of in groups.values()]
+
+    def differs(name):
+        having = [key for key in keys if name in key]
+        scripts = {key["script"] for key in having if key[name] is not None and key[name] is not False}
+        lacking = any(name not in key and key["script"] in scripts for key in keys)
+        return lacking or len({str(key[name]) for key in having}) > 1
+
+    names = ["script"] + sorted(k for k in {k for key in keys for k in key} - {"script"} if differs(k))
     if all("row" in key for key in keys):  # as benchmarks.reproduce names them
         names = ["row", *(["published"] if any("published" in key for key in keys) else [])]
-    # - where a script has no such option
+    # - where there is no such option
     return names, [
         ([str(key.get(k, "-")) for k in names], of) for key, of in zip(keys, groups.values(), strict=True)
     ]
@@ -143,10 +172,12 @@ def draw(results, file):
         style = dict(color=colour, marker=MARKERS[i], ls=("-", "--", ":", "-.")[i % 4], ms=5, lw=1.2)
         handles.append(tuple(classes.plot(*class_curve(group), **style)))
         shares = [by_seed(group, name) for name in ACCURACIES]
-        heights = [statistics.mean(values) if values else 0 for values in shares]
+        heights = [statistics.mean(values) if values else math.nan for values in shares]
         errors = [statistics.stdev(values) if len(values) > 1 else 0 for values in shares]
         places = [x + 0.8 * ((i + 0.5) / len(groups) - 0.5) for x in range(len(shares))]
-        look = dict(color=colour, edgecolor="black", hatch=("", "//", "..", "xx")[i % 4], lw=0.5)
+        look = dict(
+            color=colour, edgecolor="black", hatch=("", "//", "..", "xx")[i % 4], lw=0.5, ecolor="grey"
+        )
         handles[i] += (bars.bar(places, heights, 0.8 / len(groups), yerr=errors, **look),)
         logs = [[line["all"] for line in result["history"]] for result in group if "history" in result]
         means = [statistics.mean(values) for values in zip(*logs, strict=False)]
@@ -155,6 +186,7 @@ def draw(results, file):
     bars.set(ylabel="test accuracy (%), +- over seeds", xticks=range(len(ACCURACIES)))
     bars.set_xticklabels(ACCURACIES)
     curves.set(xlabel="epoch", ylabel="test accuracy (%)")
+    curves.xaxis.get_major_locator().set_params(integer=True)
     for axes in (classes, bars, curves):
         axes.grid(alpha=0.3, axis="y")
     for axes in (classes, curves):
@@ -165,7 +197,10 @@ def draw(results, file):
     columns = max(1, min(len(labels), 200 // (12 + max(map(len, labels)))))
     how = dict(handler_map={tuple: HandlerTuple(ndivide=None)}, handlelength=5, ncols=columns)
     figure.legend(handles, labels, loc="outside lower center", **how)
-    figure.savefig(file, dpi=110)
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as e:
+        cli.fail(f"--plot {file}: cannot be written ({e}); name another file, such as x.png")
 
 
 def markdown(table):
@@ -177,6 +212,23 @@ def markdown(table):
     return "\n".join(lines)
 
 
+def numbers(table):
+    """The table with each accuracy's spread in a column of its own."""
+    split = [name in ACCURACIES for name in table[0]]
+    table = [
+        [f"{cell} +- {cell} +-" if s else cell for cell, s in zip(table[0], split, strict=True)],
+        *table[1:],
+    ]
+    return [
+        [
+            part
+            for cell, s in zip(row, split, strict=True)
+            for part in (cell.partition(" +- ")[::2] if s else [cell])
+        ]
+        for row in table
+    ]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m common.compare", description=__doc__)
     parser.add_argument("paths", nargs="+", help="run folders, result.json or .jsonl files")
@@ -185,10 +237,10 @@ def main(argv=None):
         "--plot", metavar="FILE", help="also draw the rows, into a picture file such as x.png"
     )
     args = parser.parse_args(argv)
-    results = read(args.paths)
+    results = on_one_split(read(args.paths))
     table = rows(results)
     if args.csv:
-        csv.writer(sys.stdout).writerows(table)
+        csv.writer(sys.stdout).writerows(numbers(table))
     else:
         print(markdown(table))
     if args.plot:

@@ -127,3 +127,12 @@ def test_a_table_that_is_wrong(text, start, tmp_path, capsys):
 def test_no_jobs(capsys):
     line = refusal(lambda: reproduce.main(["--table", "tricks", "--jobs", "0", "--dry-run"]), capsys)
     assert line == "--jobs 0: must be at least 1"
+
+
+def test_columns_of_several_data_sets_are_refused(capsys):
+    line = refusal(lambda: reproduce.read_paper("CMO", "cifar100_lt"), capsys)
+    assert line.startswith("--on cifar100_lt: several data sets; give one of cifar100_lt --imbalance ")
+
+
+def test_a_seed_given_twice_runs_once(tmp_path):
+    assert len(reproduce.jobs_of([("a", ["cmo.py"], None)], [0, 0, 1], tmp_path, [])) == 2

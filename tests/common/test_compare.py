@@ -65,11 +65,14 @@ def test_files_and_folders(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[1].startswith("|---") and "40.0 +- 0.0" in lines[3]
     compare.main([str(tmp_path / "run"), "--csv"])
-    assert capsys.readouterr().out.splitlines()[1] == "cmo.py,50.0,51.0,-,0.0,1,1.0,1.5,abc"
+    assert capsys.readouterr().out.splitlines() == [
+        "script,all,all +-,many,many +-,medium,medium +-,few,few +-,seeds,minutes,GB,commit",
+        "cmo.py,50.0,,51.0,,-,,0.0,,1,1.0,1.5,abc",
+    ]
 
 
 def test_different_data_is_refused(capsys):
-    line = refusal(lambda: compare.rows([result(0, 1.0), result(0, 1.0, imbalance=10.0)]), capsys)
+    line = refusal(lambda: compare.on_one_split([result(0, 1.0), result(0, 1.0, imbalance=10.0)]), capsys)
     assert line == "the runs differ in --imbalance (10.0, 100.0); compare one set at a time"
 
 
@@ -153,3 +156,52 @@ def test_too_many_rows_for_a_picture(tmp_path, capsys):
     results = [result(0, 50.0, lr=lr) for lr in range(13)]
     line = refusal(lambda: compare.draw(results, tmp_path / "x.png"), capsys)
     assert line == "--plot: 13 rows are too many to tell apart; name runs of 12 or less"
+
+
+def test_own_data_sets_are_told_apart_by_their_folders(capsys):
+    runs = [result(seed, 1.0, dataset="image_folder", data_dir=folder) for seed, folder in enumerate("ab")]
+    line = refusal(lambda: compare.on_one_split(runs), capsys)
+    assert line == "the runs differ in --data-dir (a, b); compare one set at a time"
+    assert len(compare.on_one_split([result(0, 1.0, data_dir="a"), result(1, 1.0, data_dir="b")])) == 2
+
+
+def test_numbers_of_classes_that_differ(capsys):
+    """The splits of all are by the bounds then; of csa.py's other predictions these are not recorded."""
+    by_counts = {"many": 7.0, "medium": 8.0, "few": 9.0}
+    run = result(0, 1.0, many_classes=36, prediction="b") | {"by_counts": by_counts, "per_class": [1]}
+    run["predictions"] = {name: {"all": 2.0, "many": 3.0, "medium": 3.0, "few": 3.0} for name in "ub"}
+    u, b, other = compare.on_one_split([*compare.by_prediction(run), result(0, 1.0, many_classes=None)])
+    note = "note: the runs differ in --many-classes (36, None); splits are by the bounds"
+    assert capsys.readouterr().err.splitlines() == [note]
+    assert [u[name] for name in compare.ACCURACIES] == [2.0, None, None, None]
+    assert [b[name] for name in compare.ACCURACIES] == [2.0, 7.0, 8.0, 9.0] and other["many"] == 2.0
+
+
+def test_options_that_an_older_run_lacks():
+    """Off ones are the same; else the row says -."""
+    new = result(1, 52.0, flip=False, mask=None)
+    assert [row[0] for row in compare.rows([result(0, 50.0), new])] == ["script", "cmo.py"]
+    table = compare.rows([result(0, 50.0), result(1, 52.0, contrastive=0.5)])
+    assert [row[:2] for row in table] == [["script", "contrastive"], ["cmo.py", "-"], ["cmo.py", "0.5"]]
+
+
+def test_unfinished_runs_are_left_out(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "args.json").write_text("{}")
+    (tmp_path / "b.jsonl").write_text(json.dumps(result(0, 1.0)))
+    assert len(compare.read([tmp_path / "a", tmp_path / "b.jsonl"])) == 1
+    assert capsys.readouterr().err == f"note: {tmp_path}/a: not finished; left out\n"
+    line = refusal(lambda: compare.read([tmp_path / "a"]), capsys)
+    assert line == f"{tmp_path}/a: no finished run there; name folders of finished runs"
+
+
+@pytest.mark.parametrize("name", ["nowhere/x.png", "x.foo"])
+def test_pictures_that_cannot_be_written(tmp_path, capsys, name):
+    line = refusal(lambda: compare.draw([result(0, 1.0)], tmp_path / name), capsys)
+    assert line.startswith(f"--plot {tmp_path}/{name}: cannot be written (")
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"args": {}}'])
+def test_lines_that_are_no_results(tmp_path, capsys, text):
+    (tmp_path / "x.jsonl").write_text(text)
+    assert "not a finished run" in refusal(lambda: compare.read([tmp_path / "x.jsonl"]), capsys)
