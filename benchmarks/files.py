@@ -23,7 +23,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -122,13 +124,17 @@ def measure(folder, epochs, limit):
             begun, count = time.perf_counter(), 0
             for batch in loader:
                 count += len(batch.labels)
-                if count > 10 * limit:
+                used = (
+                    memory() if count >= min(len(train_set), 10 * limit) // 64 * 64 else 0
+                )  # while workers live
+                if used:
                     break
             seen.append(count / (time.perf_counter() - begun))
             if workers == 2:
-                line.setdefault("memory_mb", []).append(round(memory()))
+                line.setdefault("memory_mb", []).append(round(used))
         line[f"loader_{workers}_workers"] = statistics.median(seen[1:] or seen)
-    return line | {"device": runs.device_name(torch.device("cpu")), "torch": torch.__version__}
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    return line | {"device": runs.device_name(torch.device("cpu")), "threads": 1, **versions}
 
 
 def main():
