@@ -115,7 +115,7 @@ def measure(folder, epochs, limit):
         line[f"sample_{name}"] = rate(lambda path, decode=decode: crop(decode(path)), paths)
         line[f"jitter_{name}"] = rate(lambda path, decode=decode: jitter(decode(path)), paths)
     line |= streams(train_set, max(limit // 128, 1))
-    sampler = datasets.EpochSampler(train_set, 0)
+    sampler, most = datasets.EpochSampler(train_set, 0), min(len(train_set) // 64 * 64, 10 * limit)
     for workers in (0, 1, 2):
         train_set.workers, seen = workers, []
         loader = DataLoader(train_set, 64, sampler=sampler, **datasets.loader_options(train_set))
@@ -124,10 +124,8 @@ def measure(folder, epochs, limit):
             begun, count = time.perf_counter(), 0
             for batch in loader:
                 count += len(batch.labels)
-                used = (
-                    memory() if count >= min(len(train_set), 10 * limit) // 64 * 64 else 0
-                )  # while workers live
-                if used:
+                if count >= most:
+                    used = memory()  # while the workers live
                     break
             seen.append(count / (time.perf_counter() - begun))
             if workers == 2:

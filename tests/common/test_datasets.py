@@ -400,6 +400,9 @@ def test_small_images_are_kept_in_memory(folder):
     train_set, _ = datasets.load(folder_args(folder, image_size=32))
     assert isinstance(train_set, datasets.ImagesInMemory)
     assert train_set.shape == (3, 32, 32) and train_set.padding == 4 and train_set.flip
+    for i, size in enumerate(((32, 40), (40, 32))):  # one side fits
+        Image.new("RGB", size).save(folder / "train" / "class 0" / f"ein Bild für {i}.jpg")
+    assert datasets.load(folder_args(folder, image_size=32))[0].shape == (3, 32, 32)
 
 
 def test_native_size(folder):
@@ -830,6 +833,9 @@ def test_an_image_of_both_streams_is_decoded_once(jpegs, monkeypatch, workers):
     assert one.labels.equal(train.labels[[3, 7, 3]]) and other.labels.equal(train.labels[[7, 1, 3]])
     if workers == 0:
         assert len(asked) == len(set(asked)) == 3
+        state = torch.get_rng_state()
+        train.batches(first, second)
+        assert torch.get_rng_state().equal(state)
 
 
 def test_rotation_and_contrastive_views_in_memory():
