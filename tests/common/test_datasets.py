@@ -625,6 +625,19 @@ def test_lists_of_a_script_are_checked(jpeg_lists, tmp_path, capsys):
     with pytest.raises(SystemExit):
         datasets.check(args)
     assert capsys.readouterr().err.splitlines()[-1].startswith("--check-data: of 70 images 1 missing")
+    (tmp_path / "dev.txt").write_text(line.rpartition(" ")[0] + " 3")
+    assert refusal(lambda: datasets.check(args), capsys).endswith(
+        "label 3 is out of range; labels are 0 to 2"
+    )
+
+
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch):
+    def fail(file):
+        raise RuntimeError("of a codec")
+
+    monkeypatch.setattr(datasets.Image, "open", fail)
+    with pytest.raises(OSError, match="x.avif: not readable as an image .of a codec.; replace it"):
+        datasets.read_image(tmp_path / "x.avif")
 
 
 def test_sets_without_files_are_loaded(capsys):
