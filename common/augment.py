@@ -230,7 +230,7 @@ def contrastive(images, usual, seeds, share):
 
 
 def blur(image):
-    """A uint8 image [C, H, W] under a Gaussian blur of 0.1 to 2 pixels."""
+    """A uint8 image [C, H, W] under a Gaussian blur of 0.1 to 2 pixels, cut to 9 taps."""
     return gaussian_blur(image[None].float(), torch.empty(1).uniform_(0.1, 2))[0].to(torch.uint8)
 
 

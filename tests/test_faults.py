@@ -56,7 +56,11 @@ def said(done):
             "loss is not finite in epoch 2, step 4 (lr 0.0005, precision no); the checkpoint of epoch 1 is",
         ),
         ("memory", "out of memory (--batch-size 64, images of 3x24x24, peak "),
-        ("worker", "a loader process died (--batch-size 64, images of 3x24x24, peak "),
+        pytest.param(
+            "worker",
+            "a loader process died (--batch-size 64, images of 3x24x24, peak ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_one_line_and_nothing_lost(tmp_path, name, line):
