@@ -302,14 +302,26 @@ def test_time_of_a_dry_run(tmp_path, monkeypatch, capsys):
     """epochs x (steps x the second step + test batches x the one), of all stages."""
     args = tiny(tmp_path, dry_run=True)
     run = begin(args)
-    run.stage, run.steps_per_epoch, run.step_seconds, run.tracked = range(10), 30, 0.5, {}
+    model, saved = torch.nn.Linear(1, 1), {"weight": torch.tensor([[3.0]]), "bias": torch.tensor([4.0])}
+    run.stage, run.steps_per_epoch, run.step_seconds, run.tracked = range(10), 30, 0.5, {"model": model}
     (run.folder / "checkpoint").mkdir()
-    runs.save_checkpoint(run.folder / "checkpoint", 0, {"state": {}})
+    runs.save_checkpoint(run.folder / "checkpoint", 0, {"state": {"model": saved}})
     run.check_stage(0, 2.0, 4)
+    assert model.weight.item() == 3 and model.bias.item() == 4  # read back
     run.stage = range(10, 11)
     run.check_stage(0, 2.0, 4)
     assert run.end_dry_run() == {"seconds": 10 * (30 * 0.5 + 4 * 2.0) + 23}
     assert "in all about 3.8 minutes" in capsys.readouterr().err and not run.folder.exists()
+
+
+def test_dry_run_begins_at_the_beginning(finished, tmp_path, capsys):
+    """Whatever its folder holds; that it may not be used is still told."""
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert begin(tiny(tmp_path, dry_run=True, resume="auto")).first_epoch == 0
+    capsys.readouterr()
+    assert ": in use; " in refusal(lambda: begin(tiny(tmp_path, dry_run=True)), capsys)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_dry_run_looks_for_the_images(tmp_path, jpegs, capsys):
