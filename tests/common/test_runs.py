@@ -355,3 +355,14 @@ def test_leaving_takes_the_children_along(tmp_path):
     time.sleep(0.2)
     stat = Path(f"/proc/{int(done.stdout)}/stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_a_dry_run_goes_by_its_second_step(tmp_path, monkeypatch):
+    """The first one warms up; a loader of more batches is not read on."""
+    run, ticks = begin(tiny(tmp_path, dry_run=True)), iter([0.0, 5.0, 7.0, 8.0])
+    run.tracked = {}
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(ticks))
+    run.begin_epoch(0)
+    for _ in run.steps([torch.zeros(64, 3, 8, 9)] * 5):
+        run.record(loss=torch.ones(()))
+    assert run.step_seconds == 2.0 and run.steps_per_epoch == 5 and run.shape == (3, 8, 9)
