@@ -764,7 +764,7 @@ def read_list(file, classes=None):
             lines = enumerate(text.splitlines(), 1)
             entries = [(number, line.rsplit(maxsplit=1)) for number, line in lines if line.strip()]
     except (ValueError, KeyError, TypeError) as e:
-        cli.fail(f"{file}: not a list file in UTF-8 or a JSON file with images and annotations ({e!r})")
+        cli.fail(f"{file}: not a list file in UTF-8 or a JSON file with images and annotations ({e})")
     for number, (path, *label) in entries:
         try:
             labels.append(int(label[0]))

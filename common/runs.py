@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import shlex
 import signal
@@ -41,6 +42,7 @@ NOT_COMPARED += ("check_data", "decode", "dry_run")
 SAME = ("dataset", "imbalance", "train_list", "test_list", "image_size", "arch")  # in both of two stages
 STAGE1_SCRIPTS = ("cmo.py", "decoupled_crt.py", "balanced_meta_softmax.py")
 CHECK_EVERY = 100  # steps between two looks at the loss
+GONE = "Connection (closed|reset) by peer|remote process exited"  # what gloo and NCCL say of a dead process
 PER_CLASS = ("class_counts", "per_class")  # of the last epoch alone
 
 
@@ -116,7 +118,10 @@ class Run:
 
     def kept(self):
         """What --resume finds; a checkpoint is whole, being written beside and renamed."""
-        saved = sorted((self.folder / "checkpoint").glob("epoch_*.json"))
+        if self.args.dry_run:
+            self.temporary.cleanup()
+            return "of a dry run nothing is kept"
+        saved = sorted((self.folder / "checkpoint").glob("epoch_[0-9]*.json"))
         kept = f"goes on after epoch {int(saved[-1].stem[6:]) + 1}" if saved else "has no epoch to go on from"
         return f"--resume {kept}"
 
@@ -135,9 +140,9 @@ class Run:
         batch = f"--batch-size {self.args.batch_size}, images of {size}, peak {memory:.1f} GB"
         if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             line = f"out of memory ({batch}); halve --batch-size"
-        elif "DataLoader worker" in str(error):
+        elif "DataLoader worker (pid" in str(error):  # and not an error in one
             line = f"a loader process died ({batch}); if it was for lack of memory, lower --num-workers"
-        elif issubclass(kind, torch.distributed.DistError) or "gloo" in str(error):
+        elif self.accelerator.num_processes > 1 and re.search(GONE, str(error)):
             line = "another process of the run has ended"
         else:
             sys.__excepthook__(kind, error, trace)
@@ -151,7 +156,8 @@ class Run:
         """The checkpoint to go on from, or None for a new run; refuses a folder that fits neither."""
         args, folder = self.args, self.folder
         if args.resume == "no":
-            if not args.overwrite and any(file.exists() for file in self.files):
+            used = [*self.files, *(folder / "checkpoint").glob("epoch_[0-9]*.json")]
+            if not args.overwrite and any(file.exists() for file in used):
                 cli.fail(
                     f"--output-dir {folder}: in use; add --resume to go on or --overwrite to delete its run"
                 )
@@ -163,7 +169,7 @@ class Run:
             return None
         checkpoint = load_checkpoint(folder / "checkpoint")
         if checkpoint is None:
-            if self.files[2].exists() or any((folder / "checkpoint").glob("epoch_*.json")):
+            if self.files[2].exists() or any((folder / "checkpoint").glob("epoch_[0-9]*.json")):
                 cli.fail(
                     f"--resume: no whole checkpoint in {folder}; add --overwrite to delete what it holds"
                 )
@@ -212,10 +218,11 @@ class Run:
         elif self.main and not self.is_made:
             try:
                 (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-                patterns = ("checkpoint/epoch_*", "new_images.png", "new_images/*")
-                old = [file for pattern in patterns for file in self.folder.glob(pattern)]
-                for file in (*self.files, *old):
-                    file.unlink(missing_ok=True)
+                if self.args.overwrite:
+                    patterns = ("checkpoint/epoch_*", "new_images.png", "new_images/*")
+                    old = [file for pattern in patterns for file in self.folder.glob(pattern)]
+                    for file in (*self.files, *old):
+                        file.unlink(missing_ok=True)
                 write_file(self.files[0], json.dumps(self.facts()["args"], indent=1))
             except OSError as e:
                 cli.fail(f"--output-dir {self.folder}: cannot be written ({e.strerror})")
@@ -520,14 +527,14 @@ def save_checkpoint(folder, epoch, content):
     manifest = {"size": len(buffer.getbuffer()), "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest()}
     write_file(folder / f"epoch_{epoch:04d}.pt", buffer.getbuffer())
     write_file(folder / f"epoch_{epoch:04d}.json", json.dumps(manifest))
-    for file in folder.glob("epoch_*"):
+    for file in folder.glob("epoch_[0-9]*"):
         if int(file.name[6:10]) < epoch - 1:
             file.unlink()
 
 
 def load_checkpoint(folder):
     """The newest checkpoint that its manifest confirms, or None. Says so when a newer one is damaged."""
-    for manifest in sorted(folder.glob("epoch_*.json"), reverse=True):
+    for manifest in sorted(folder.glob("epoch_[0-9]*.json"), reverse=True):
         file = manifest.with_suffix(".pt")
         try:
             facts, content = json.loads(manifest.read_text()), file.read_bytes()

@@ -366,3 +366,36 @@ def test_a_dry_run_goes_by_its_second_step(tmp_path, monkeypatch):
     for _ in run.steps([torch.zeros(64, 3, 8, 9)] * 5):
         run.record(loss=torch.ones(()))
     assert run.step_seconds == 2.0 and run.steps_per_epoch == 5 and run.shape == (3, 8, 9)
+
+
+def test_what_is_there_is_not_deleted_unasked(tmp_path, capsys):
+    """Without --overwrite no file goes, and checkpoints alone are a run, too."""
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run" / "new_images").mkdir()
+    files = [
+        tmp_path / "run" / name for name in ("checkpoint/epoch_best.pt", "new_images/a.jpg", "new_images.png")
+    ]
+    for file in files:
+        file.write_text("mine")
+    cmo.main(tiny(tmp_path, epochs=1, lr_steps=()))
+    assert [file.read_text() for file in files] == ["mine"] * 3
+    for name in ("args.json", "metrics.jsonl", "result.json"):
+        (tmp_path / "run" / name).unlink()
+    capsys.readouterr()
+    assert ": in use; " in refusal(lambda: begin(tiny(tmp_path)), capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Caught IndexError in DataLoader worker process 0."),
+        RuntimeError("[gloo/transport] Connection closed by peer"),  # but there is one process
+        OSError("/home/gloor/x.png"),
+    ],
+    ids=str,
+)
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch, error):
+    shown = []
+    monkeypatch.setattr(runs.sys, "__excepthook__", lambda *what: shown.append(what))
+    begin(tiny(tmp_path)).explain(type(error), error, None)
+    assert shown == [(type(error), error, None)]
