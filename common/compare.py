@@ -39,8 +39,12 @@ def read(paths):
             lines = text.splitlines() if path.suffix == ".jsonl" else [text]
             log = path.with_name("metrics.jsonl")
             history = {"history": list(map(json.loads, log.open()))} if log.is_file() else {}
-            for one in [one for result in map(json.loads, lines) for one in by_prediction(result)]:
-                results.append(one | history if one.get("per_class", True) else one)
+            for result in map(json.loads, lines):
+                missing = {"script", "args", "seed"} - set(result)
+                if missing:
+                    raise KeyError(*missing)
+                for one in by_prediction(result):
+                    results.append(one | history if one.get("per_class", True) else one)
         except (OSError, ValueError, KeyError, TypeError) as e:
             cli.fail(f"{path}: not a finished run or a file of result lines ({e!r})")
     if not results:
@@ -52,7 +56,7 @@ def by_prediction(result):
     """The result once for each of its predictions, if it has several; classes and epochs are of its own."""
     args, predictions = result["args"], result.get("predictions")
     if predictions is None:
-        return [result] * bool(result["script"])
+        return [result]
     each = [{**result, **own, "args": {**args, "prediction": name}} for name, own in predictions.items()]
     other = {"per_class": None, "by_counts": dict.fromkeys(SPLITS)}
     return [one if one["args"] == args else {**one, **other} for one in each]
@@ -63,17 +67,20 @@ def on_one_split(results):
 
     Where the numbers of many- or few-shot classes that some have differ, all are taken by the bounds.
     """
-    names = (*DATA, "data_dir") if results[0]["args"]["dataset"].startswith("image_") else DATA
-    for name in (*names, "many_classes", "few_classes"):
-        values = sorted({str(result["args"].get(name)) for result in results})
-        if len(values) > 1 and name in names:
-            cli.fail(f"the runs differ in {cli.flag(name)} ({', '.join(values)}); compare one set at a time")
-        if len(values) > 1:
-            cli.say(
-                f"note: the runs differ in {cli.flag(name)} ({', '.join(values)}); splits are by the bounds"
-            )
-            results = [result | result.get("by_counts", {}) for result in results]
-    return results
+
+    def differing(*names):
+        for name in names:
+            values = sorted({str(result["args"].get(name)) for result in results})
+            if len(values) > 1:
+                yield f"the runs differ in {cli.flag(name)} ({', '.join(values)})"
+
+    is_own = results[0]["args"]["dataset"].startswith("image_")  # told by its folder alone
+    for difference in differing(*DATA, "data_dir") if is_own else differing(*DATA):
+        cli.fail(f"{difference}; compare one set at a time")
+    differences = list(differing("many_classes", "few_classes"))
+    for difference in differences:
+        cli.say(f"note: {difference}; splits are by the bounds")
+    return [result | result.get("by_counts", {}) for result in results] if differences else results
 
 
 def options(result):

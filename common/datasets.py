@@ -654,7 +654,8 @@ def check(args):
             load(args)
         return
     root, names, _, (paths, labels), (test_paths, _) = find_files(args)
-    others = [name for name in ("dev_list", "meta_list") if getattr(args, name, None)]
+    lists = {field.name for field in dataclasses.fields(args) if field.name.endswith("_list")}
+    others = [name for name in lists - {"train_list", "test_list"} if getattr(args, name)]
     more = [read_list(find_list(args, name), len(names))[0] for name in others]
     every, both = list(dict.fromkeys(itertools.chain(paths, test_paths, *more))), set(paths) & set(test_paths)
 
