@@ -352,6 +352,8 @@ def with_new_images(run, network, train_set, args):
         return transform(network.eval(), images, labels, draws[at], train_set, args)
 
     cli.say(f"making {len(sources)} new images")
+    if args.dry_run:
+        sources = sources[: args.batch_size]
     shown = torch.arange(len(sources))[:: -(-len(sources) // 8)]
     batch = train_set.__getitems__(sources[shown].tolist())
     run.save_grid("new_images.png", *make(*send_to_device(batch, run.accelerator.device), shown))
@@ -424,6 +426,7 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args, epochs=stages[-1][1].stop)
     train_set, test_set = datasets.load(args)
+    run.set_data(train_set, test_set)
     options = datasets.loader_options(train_set)
     test_loader = accelerator.prepare(DataLoader(test_set, args.batch_size, **options))
     network = make_network(train_set, args)

@@ -285,6 +285,7 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args)
     train_set, test_set = datasets.load(args)
+    run.set_data(train_set, test_set)
     sampler = datasets.PairSampler(*streams(train_set, args))
     options = datasets.loader_options(train_set)
     train_loader = DataLoader(

@@ -274,6 +274,7 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args)
     train_set, test_set = datasets.load(args)
+    run.set_data(train_set, test_set)
     alpha = find_alpha(train_set.class_counts, args)
     options = datasets.loader_options(train_set)
     sampler = datasets.EpochSampler(train_set, args.seed)

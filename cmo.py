@@ -414,6 +414,7 @@ def main(args: Args) -> dict:
     last = args.epochs + args.las_epochs * args.las
     run = runs.start(accelerator, args, epochs=last)
     train_set, test_set = datasets.load(args)
+    run.set_data(train_set, test_set)
     test_loader = DataLoader(test_set, args.batch_size, **datasets.loader_options(test_set))
     test_loader = accelerator.prepare(test_loader)
     network = make_network(train_set, args).to(accelerator.device)

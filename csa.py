@@ -369,6 +369,7 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config, kwargs_handlers=[unused])
     run = runs.start(accelerator, args)
     train_set, test_set = datasets.load(args)
+    run.set_data(train_set, test_set)
     steps = len(train_set) // args.batch_size
     sampler = datasets.PairSampler(
         *streams(train_set, args),
@@ -388,7 +389,7 @@ def main(args: Args) -> dict:
         run.begin_epoch(epoch, train_loader)
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, args)
         train_one_epoch(run, model, train_loader, optimizer, epoch, args)
-        if balances(epoch, args) and run.stats["balanced"] == 0:
+        if balances(epoch, args) and run.stats["balanced"] == 0 and not args.dry_run:
             cli.say(f"note: head_b learned nothing: too few images with p(label) >= {args.delta} for a batch")
         accuracy = evaluation.per_split(accelerator, model, test_loader, train_set.class_counts, args, HEADS)
         run.end_epoch(epoch, accuracy)

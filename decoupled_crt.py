@@ -367,6 +367,7 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args, epochs=stages[-1][2].stop)
     train_set, test_set = datasets.load(args)
+    run.set_data(train_set, test_set)
     class_counts = train_set.class_counts  # with the held-out images: what many, medium and few go by
     held_out = None
     if args.held_out:

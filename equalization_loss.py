@@ -255,6 +255,7 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args)
     train_set, test_set = datasets.load(args)
+    run.set_data(train_set, test_set)
     rare = find_rare(train_set, args).to(accelerator.device) if args.loss == "seql" else None
     options = datasets.loader_options(train_set)
     sampler = datasets.EpochSampler(train_set, args.seed)

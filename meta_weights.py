@@ -389,6 +389,7 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args)
     train_set, dev_set, test_set = load(args)
+    run.set_data(train_set, test_set)
     class_counts, processes = train_set.class_counts, accelerator.num_processes
     options = datasets.loader_options(train_set)
     test_loader = accelerator.prepare(DataLoader(test_set, args.batch_size, **options))

@@ -11,9 +11,13 @@ import inspect
 import math
 import operator
 import os
+import signal
 import sys
 import typing
 from dataclasses import dataclass
+
+# Data sets of list files, which others may take the place of.
+OF_LISTS = ("image_list", "imagenet_lt", "places_lt", "inat2017", "inat2018")
 
 
 def say(*messages, here=False):
@@ -72,9 +76,11 @@ class Args:
         hint="(largest class over smallest); write 100 for 1:100",
     )
     train_list: str | None = option(
-        None, "list file of `relative/path label` lines, for image_list and *_lt lists"
+        None,
+        "list file of `relative/path label` lines, maybe in --data-dir",
+        needs=dict(dataset=OF_LISTS),
     )
-    test_list: str | None = option(None, "the same for the test images")
+    test_list: str | None = option(None, "the same for the test images", needs=dict(dataset=OF_LISTS))
     image_size: int | None = option(
         None, "side of the square input in pixels; up to 64 the images are kept in memory", least=8
     )
@@ -138,6 +144,8 @@ class Args:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
+        if self.overwrite and self.resume != "no":
+            fail("--overwrite: deletes the run that --resume goes on with; leave one of them out")
 
 
 def flag(name):
@@ -287,12 +295,14 @@ def parse(args_class, recipes, doc, argv=None):
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
     print_config = given.pop("print_config")
     args = build(args_class, recipes, **given)
-    if print_config:
+    if print_config and os.environ.get("RANK", "0") == "0":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its reader may close early
         for name, value in dataclasses.asdict(args).items():
             source = (
                 "command line" if name in given else "recipe" if name in recipes[args.dataset] else "default"
             )
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             print(f"{flag(name):24} {'-' if shown in ('', None) else shown!s:24} {source}")
+    if print_config:
         raise SystemExit(0)
     return args

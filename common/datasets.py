@@ -10,10 +10,12 @@ it comes augmented, and that seed alone decides how.
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +37,8 @@ try:
     from torchvision.io import decode_jpeg
 except ImportError:  # torchvision is to drop it one day
     decode_jpeg = None
+
+warnings.filterwarnings("ignore", "Palette images with Transparency")  # of PIL; read_image takes them
 
 # --------------------------------------------------------------------------------------- long-tailed subsets
 
@@ -209,17 +213,29 @@ class OnDemand:
 
 
 class LabelledImages(Dataset):
-    """labels [N], class_counts [K] of the TRAINING images, class_names [K], num_classes, shape (C, H, W)."""
+    """labels [N], class_counts [K] of the TRAINING images, class_names [K], num_classes, shape (C, H, W).
+
+    classes [K]: the numbers of its classes among all_names, which has those that were left out, too. listed:
+    of a set from files SHA-256 of all their paths.
+    """
+
+    listed = None
 
     def __init__(self, labels, class_counts, class_names, shape, mean, std):
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.class_counts = torch.as_tensor(class_counts, dtype=torch.int64)
         self.class_names, self.num_classes, self.shape = class_names, len(class_names), shape
+        self.all_names, self.classes = class_names, list(range(len(class_names)))
         self.mean = 255 * torch.tensor(mean).view(-1, 1, 1)  # of the stored pixels, 0 to 255
         self.std = 255 * torch.tensor(std).view(-1, 1, 1)
 
     def __len__(self):
         return len(self.labels)
+
+    def sha256(self):
+        """Of the names of classes and images and the labels; the pixels are not read for it."""
+        facts = [self.all_names, self.classes, self.listed, self.labels.tolist()]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def subset(self, positions):
         """The images at `positions` (NumPy) as a data set of its own, class_counts included."""
@@ -414,6 +430,8 @@ def read_image(path):
     """RGB PIL image; grey, palette, transparent and CMYK files are converted. OSError names the file."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # convert would cut the values off at 255
+                raise ValueError("more than 8 bits a pixel; make it 8")
             return image.convert("RGB")
     except FileNotFoundError:
         raise OSError(f"{path}: no such image; check --data-dir and the list") from None
@@ -466,6 +484,7 @@ LISTS = {  # training list, test list, classes, statistics
 }
 NAMES = ("synthetic", *TORCHVISION, *LISTS, "image_folder", "image_list")
 IN_MEMORY_SIZE = 64  # images up to this side are kept in memory
+MOST_CLASSES = 10**6  # more in a list are a mistake
 
 
 def load(args):
@@ -480,17 +499,17 @@ def tell(args, class_counts, tests):
     cli.say(f"{args.dataset}: {class_counts.sum()} training images in {counts}, {tests} test images")
 
 
-def find_list(args, option):
-    """The list file that `option` names, maybe in --data-dir."""
-    file, there = Path(getattr(args, option)), f"{cli.flag(option)} {getattr(args, option)}"
-    file = file if file.is_file() else Path(args.data_dir, file)
-    if args.dataset not in (*LISTS, "image_list"):
+def find_list(args, option, default=None):
+    """The list file that `option` names, maybe in --data-dir, or the data set's own."""
+    given = getattr(args, option)
+    places = [Path(given), Path(args.data_dir, given)] if given else [Path(args.data_dir, default)]
+    there = f"{cli.flag(option)} {given or places[0]}"
+    if args.dataset not in cli.OF_LISTS:
         cli.fail(f"{there}: is for data sets of list files, not for --dataset {args.dataset}; leave it out")
-    if not file.is_file():
-        cli.fail(
-            f"{there}: no such list file, nor in --data-dir {args.data_dir}; put it there or name another"
-        )
-    return file
+    for file in places:
+        if file.is_file():
+            return file
+    cli.fail(f"{there}: no such list file, nor in --data-dir {args.data_dir}; put it there or name another")
 
 
 def load_list(args, option):
@@ -511,24 +530,32 @@ def read(args):
         train, test = load_synthetic(args)
     else:
         train, test = load_torchvision(args) if args.dataset in TORCHVISION else load_files(args)
-    if args.batch_size > len(train):
+    refuse_misfits(args, len(train), train.num_classes, train.shape)
+    for name in ("random_rotation", "auto_augment", "cutout", "contrastive"):
+        for part in (train, test):  # nothing is augmented without a seed
+            setattr(part, name, getattr(args, name))
+    return train, test
+
+
+def refuse_misfits(args, images, classes, shape):
+    """Stop at options that do not fit so many training images and classes, or images of `shape` (C, H, W)."""
+    if args.batch_size > images:
         cli.fail(
-            f"--batch-size {args.batch_size}: there are only {len(train)} training images; use a smaller one"
+            f"--batch-size {args.batch_size}: there are only {images} training images; use a smaller one"
         )
-    if (args.many_classes or 0) + (args.few_classes or 0) > train.num_classes:
-        many, few = f"--many-classes {args.many_classes}", f"--few-classes {args.few_classes}"
-        cli.fail(f"{many}, {few}: there are only {train.num_classes} classes; lower them")
+    if (args.many_classes or 0) + (args.few_classes or 0) > classes:
+        given = [
+            f"{cli.flag(k)} {getattr(args, k)}" for k in ("many_classes", "few_classes") if getattr(args, k)
+        ]
+        cli.fail(f"{', '.join(given)}: there are only {classes} classes; lower them")
     small, large = f" of up to {IN_MEMORY_SIZE} pixels", f" of more than {IN_MEMORY_SIZE} pixels"
-    ours = small if isinstance(train, ImagesInMemory) else large
+    ours = small if shape[-1] <= IN_MEMORY_SIZE else large
     kinds = dict(
         random_rotation=small, auto_augment=small, cutout=small, rand_augment=large, contrastive=ours
     )
     for name, kind in kinds.items():
-        if getattr(args, name) and (kind != ours or train.shape[0] != 3):
+        if getattr(args, name) and (kind != ours or shape[0] != 3):
             cli.fail(f"{cli.flag(name)}: is for RGB images{kind}; leave it out")
-        for part in (train, test):  # nothing is augmented without a seed
-            setattr(part, name, getattr(args, name))
-    return train, test
 
 
 def in_memory(train, test, class_names, statistics, **augmentation):
@@ -601,16 +628,23 @@ def coloured(images, colours):
 
 
 def find_files(args):
-    """(folder, class names, statistics, (train paths, labels), (test paths, labels)); no image is opened."""
+    """(folder, class names, numbers of the classes that are not left out, statistics, (train paths, labels),
+    (test paths, labels)); labels count those classes. No image is opened.
+    """
     root = Path(args.data_dir)
-    if not root.is_dir():
-        held = ", ".join((*LISTS.get(args.dataset, ())[:2], f"the images of {args.dataset}"))
-        cli.fail(f"--data-dir {root}: no such folder; it should hold {held} (README: Data)")
     read = read_folders if args.dataset == "image_folder" else read_lists
-    names, statistics, (paths, labels), test = read(root, args)
+    try:
+        if not root.is_dir():
+            held = ", ".join((*LISTS.get(args.dataset, ())[:2], f"the images of {args.dataset}"))
+            cli.fail(f"--data-dir {root}: no such folder; it should hold {held} (README: Data)")
+        names, statistics, (paths, labels), test = read(root, args)
+    except OSError as e:
+        cli.fail(f"{e.filename}: cannot be read ({e.strerror}); mend that")
     if args.imbalance and args.dataset in LISTS:
         cli.fail(f"--imbalance {args.imbalance:g}: {args.dataset} is a fixed list; leave the option out")
     trained = np.bincount(labels, minlength=len(names)) > 0
+    if not trained.any():
+        cli.fail(f"--data-dir {root}: no training image; put them there")
     if not trained.all():
         empty = [name for name, some in zip(names, trained, strict=True) if not some]
         what = f"no training image of {len(empty)} of {len(names)} classes: {', '.join(empty[:3])}"
@@ -619,29 +653,36 @@ def find_files(args):
         kept = np.flatnonzero(trained[test[1]])
         cli.say(f"note: {what}; left out, with {len(test[1]) - len(kept)} test images")
         number = trained.cumsum() - 1
-        names = [name for name in names if name not in empty]
         labels, test = number[labels], ([test[0][i] for i in kept], number[test[1][kept]])
+    if not test[0]:
+        cli.fail(f"--data-dir {root}: no test image of these classes; put them there")
+    classes = np.flatnonzero(trained).tolist()
     if args.imbalance:
-        kept = cut(labels, len(names), args.imbalance)
+        kept = cut(labels, len(classes), args.imbalance)
         paths, labels = [paths[i] for i in kept], labels[kept]
-    return root, names, statistics, (paths, labels), test
+    return root, names, classes, statistics, (paths, labels), test
 
 
 def load_files(args):
     """Folders or lists. Images of a small --image-size, or small and square ones, go to memory."""
-    root, names, statistics, (paths, labels), (test_paths, test_labels) = find_files(args)
+    root, all_names, classes, statistics, (paths, labels), (test_paths, test_labels) = find_files(args)
     both = set(paths) & set(test_paths)
     if both:
         cli.say(f"note: {len(both)} test images are training images, too, such as {min(both)}")
-    size = args.image_size or native_size(root / paths[0])
+    size, names = args.image_size or native_size(root / paths[0]), [all_names[k] for k in classes]
     if size <= IN_MEMORY_SIZE:
         parts = (read_all(root, paths, size), labels), (read_all(root, test_paths, size), test_labels)
-        return in_memory(*parts, names, statistics, padding=size // 8, flip=True)
-    facts = np.bincount(labels), names, (3, size, size), *statistics
-    augmentation = "color_jitter", "rand_augment", "contrastive"
-    options = {name: getattr(args, name) for name in augmentation} | dict(workers=args.num_workers)
-    parts = (paths, labels), (test_paths, test_labels)
-    return tuple(ImageFiles(root, *part, *facts, **options) for part in parts)
+        sets = in_memory(*parts, names, statistics, padding=size // 8, flip=True)
+    else:
+        facts = np.bincount(labels), names, (3, size, size), *statistics
+        augmentation = "color_jitter", "rand_augment", "contrastive"
+        options = {name: getattr(args, name) for name in augmentation} | dict(workers=args.num_workers)
+        parts = (paths, labels), (test_paths, test_labels)
+        sets = tuple(ImageFiles(root, *part, *facts, **options) for part in parts)
+    for part, of in zip(sets, (paths, test_paths), strict=True):
+        part.all_names, part.classes = all_names, classes
+        part.listed = hashlib.sha256(b"\0".join(map(os.fsencode, of))).hexdigest()
+    return sets
 
 
 def check(args):
@@ -649,11 +690,11 @@ def check(args):
 
     Fails if there are such. Says what `load` would say.
     """
-    if args.dataset not in (*LISTS, "image_folder", "image_list"):
+    if args.dataset not in ("image_folder", *cli.OF_LISTS):
         if args.check_data:
             load(args)
         return
-    root, names, _, (paths, labels), (test_paths, _) = find_files(args)
+    root, names, classes, _, (paths, labels), (test_paths, _) = find_files(args)
     lists = {field.name for field in dataclasses.fields(args) if field.name.endswith("_list")}
     others = [name for name in lists - {"train_list", "test_list"} if getattr(args, name)]
     more = [read_list(find_list(args, name), len(names))[0] for name in others]
@@ -675,6 +716,8 @@ def check(args):
         hint = "; is it another edition of the data set?" if missing > len(every) / 2 else ""
         twice = [f"{path}: for training and test" for path in sorted(both)]
         cli.fail(*problems[:10], *twice[:10], f"--check-data: of {len(every)} images {counts}{hint}")
+    size = args.image_size or native_size(root / paths[0])
+    refuse_misfits(args, len(paths), len(classes), (3, size, size))
     if args.check_data:
         tell(args, np.bincount(labels), len(test_paths))
     cli.say(f"all {len(every)} images are there" + " and can be read" * args.decode)
@@ -706,14 +749,17 @@ def read_all(root, paths, size):
 
 def read_folders(root, args):
     """(class names, statistics, (train paths, labels), (test paths, labels)) of train/ and test/ or val/."""
-    parts = root / "train", root / "val" if (root / "val").is_dir() else root / "test"
+    tests = [root / name for name in ("test", "val") if (root / name).is_dir()] or [root / "test"]
+    parts = root / "train", tests[0]
+    if len(tests) > 1:
+        cli.say(f"note: tested on {tests[0]}; {tests[1]} is left alone")
     classes = []
     for part in parts:
         if not part.is_dir():
             cli.fail(
                 f"--data-dir {root}: needs train/CLASS/ and test/CLASS/ (or val/CLASS/); there is no {part}"
             )
-        classes.append(sorted(entry.name for entry in part.iterdir() if entry.is_dir()))
+        classes.append(sorted(e.name for e in part.iterdir() if e.is_dir() and e.name[0] != "."))
         if not classes[-1]:
             cli.fail(f"{part}: holds no class folder; put the images into {part}/CLASS/")
     for here, there in ((0, 1), (1, 0)):
@@ -736,14 +782,10 @@ def read_lists(root, args):
     """The same of two list files, or of a competition's two JSON files."""
     *defaults, classes, statistics = LISTS.get(args.dataset, (None, None, None, IMAGENET_STATISTICS))
     listed = []
-    for option, file, default in zip(
-        ("--train-list", "--test-list"), (args.train_list, args.test_list), defaults, strict=True
-    ):
-        if not (file or default):
-            cli.fail(f"{option}: {args.dataset} needs it, a file of `relative/path label` lines")
-        file = Path(file or root / default)
-        if not file.is_file():
-            cli.fail(f"{option} {file}: no such list file; put it there or name another one")
+    for option, default in zip(("train_list", "test_list"), defaults, strict=True):
+        if not (getattr(args, option) or default):
+            cli.fail(f"{cli.flag(option)}: {args.dataset} needs it, a file of `relative/path label` lines")
+        file = find_list(args, option, default)
         listed.append(read_list(file, classes))
         classes = classes or int(listed[0][1].max()) + 1
         if classes > len(listed[0][0]) and not args.allow_empty_classes:
@@ -754,9 +796,9 @@ def read_lists(root, args):
 
 def read_list(file, classes=None):
     """(paths, labels [N]) of a list file; labels are in 0..classes-1."""
-    file, paths, labels = Path(file), [], []
+    file, paths, labels, end = Path(file), [], [], classes or MOST_CLASSES
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".json":
             content = json.loads(text)
             label_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
@@ -764,17 +806,18 @@ def read_list(file, classes=None):
         else:
             lines = enumerate(text.splitlines(), 1)
             entries = [(number, line.rsplit(maxsplit=1)) for number, line in lines if line.strip()]
+        if any("\0" in path for _, (path, *_) in entries):
+            raise ValueError("a NUL byte")
     except (ValueError, KeyError, TypeError) as e:
         cli.fail(f"{file}: not a list file in UTF-8 or a JSON file with images and annotations ({e})")
     for number, (path, *label) in entries:
         try:
             labels.append(int(label[0]))
-            paths.append(path.strip())
+            paths.append(os.path.normpath(path.strip()))  # ./a.jpg is a.jpg
         except (IndexError, ValueError):
             cli.fail(f"{file}:{number}: no label after {path!r}; a line is `relative/path label`")
-        if labels[-1] < 0 or (classes and labels[-1] >= classes):
-            allowed = f"0 to {classes - 1}" if classes else "0 and up"
-            cli.fail(f"{file}:{number}: label {labels[-1]} is out of range; labels are {allowed}")
+        if not 0 <= labels[-1] < end:
+            cli.fail(f"{file}:{number}: label {labels[-1]} is out of range; labels are 0 to {end - 1}")
     if not paths:
         cli.fail(f"{file}: names no image; a line is `relative/path label`")
     return paths, np.array(labels)

@@ -1,6 +1,7 @@
 """Accuracy on the test set, exact over any number of processes, by many-, medium- and few-shot classes."""
 
 import itertools
+import time
 
 import torch
 
@@ -63,14 +64,14 @@ def summarize(
 
 
 @torch.no_grad()
-def predict(accelerator, model, loader, batches=None):
+def predict(accelerator, model, loader):
     """(labels [N], best classes [N, 5], confidence of the best [N]) of every test image once, on the CPU.
 
-    A model that makes M predictions, [B, M, K], gives [N, M, 5] and [N, M]. batches: how many, if not all.
+    A model that makes M predictions, [B, M, K], gives [N, M, 5] and [N, M].
     """
     model.eval()
     parts = []
-    for images, labels in itertools.islice(loader, batches):
+    for images, labels in loader:
         logits = model(images).float()
         confidences, top = logits.softmax(-1).topk(min(5, logits.shape[-1]))
         parts.append(accelerator.gather_for_metrics((labels, top, confidences[..., 0])))
@@ -78,13 +79,24 @@ def predict(accelerator, model, loader, batches=None):
     return [torch.cat(part).cpu() for part in zip(*parts, strict=True)]
 
 
+def first_two(loader, times):
+    """The first two batches. times: a list that gets the time at the begin and after each."""
+    times.append(time.perf_counter())
+    for batch in itertools.islice(loader, 2):
+        yield batch
+        times.append(time.perf_counter())
+
+
 def per_split(accelerator, model, loader, class_counts, args, names=None):
     """`summarize` of the model on the prepared `loader`; class_counts [K] of the training set.
 
     names: of the predictions of a model that makes several; then that of args.prediction, and under
-    "predictions" the accuracies of each. In a dry run of one batch, and "batches" says how many there are.
+    "predictions" the accuracies of each. In a dry run of two batches, and "test_seconds" has those of the
+    first one, which starts the loader, and of another, and how many there are.
     """
-    labels, top, confidences = predict(accelerator, model, loader, 1 if args.dry_run else None)
+    times = []
+    batches = first_two(loader, times) if args.dry_run else loader
+    labels, top, confidences = predict(accelerator, model, batches)
     split = args.many_over, args.few_under, args.many_classes, args.few_classes
     if names is None:
         result = summarize(labels, top, confidences, class_counts, *split)
@@ -93,4 +105,6 @@ def per_split(accelerator, model, loader, class_counts, args, names=None):
         results = {name: summarize(labels, *one, class_counts, *split) for name, *one in several}
         accuracies = {name: {k: result[k] for k in ACCURACIES} for name, result in results.items()}
         result = {**results[args.prediction], "predictions": accuracies}
-    return result | {"batches": len(loader)} if args.dry_run else result
+    if args.dry_run:
+        result["test_seconds"] = times[1] - times[0], times[-1] - times[-2], len(loader)
+    return result

@@ -37,17 +37,20 @@ from common import cli, datasets
 from common.evaluation import ACCURACIES
 
 # Options that may change on resuming: they train nothing.
-NOT_COMPARED = ("output_dir", "data_dir", "resume", "overwrite", "num_workers", "visualize")
-NOT_COMPARED += ("check_data", "decode", "dry_run")
+NOT_COMPARED = ("output_dir", "data_dir", "resume", "overwrite", "num_workers", "visualize", "dry_run")
 SAME = ("dataset", "imbalance", "train_list", "test_list", "image_size", "arch")  # in both of two stages
 STAGE1_SCRIPTS = ("cmo.py", "decoupled_crt.py", "balanced_meta_softmax.py")
 CHECK_EVERY = 100  # steps between two looks at the loss
 GONE = "Connection (closed|reset) by peer|remote process exited"  # what gloo and NCCL say of a dead process
 PER_CLASS = ("class_counts", "per_class")  # of the last epoch alone
+OF_CLASSES = ("class_", "per_class")  # how the names of lists of a value for each class begin
 
 
 def start(accelerator, args, epochs=None):
     """The Run of `args`, of `epochs` (all stages; default args.epochs). Refuses at once what cannot work."""
+    is_command = type(args).__module__ == "__main__"  # and not called from Python
+    if is_command:
+        end_at_signals(lambda: "nothing was begun")
     if args.check_data or args.dry_run:
         datasets.check(args)
     if args.check_data:
@@ -75,9 +78,9 @@ def start(accelerator, args, epochs=None):
             end = f"{cli.flag(length)} {end}"
             cli.say(f"note: {cli.flag(name)} {late}: not before the end of {end}, so without effect")
     run = Run(accelerator, args, args.epochs if epochs is None else epochs)
-    if run.is_command:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, run.stop)
+    run.is_command = is_command
+    if is_command:
+        end_at_signals(run.kept)
         sys.excepthook = run.explain
     return run
 
@@ -93,13 +96,12 @@ def output_folder(args):
 
 
 class Run:
-    """What a loop tells and asks: track, begin_epoch, steps, record, end_epoch, finish."""
+    """What a loop tells and asks: set_data, track, begin_epoch, steps, record, end_epoch, finish."""
 
     def __init__(self, accelerator, args, epochs):
         self.accelerator, self.args, self.main = accelerator, args, accelerator.is_main_process
         self.epochs = epochs  # of all stages
-        self.is_command = type(args).__module__ == "__main__"  # and not called from Python
-        self.script, self.pid = script_of(args), os.getpid()
+        self.script = script_of(args)
         self.folder, self.shape = output_folder(args), ()
         self.history, self.per_class, self.tracked, self.recorded = [], {}, {}, {}
         self.commit = commit()  # of the code that runs, whatever is checked out later
@@ -124,15 +126,6 @@ class Run:
         saved = sorted((self.folder / "checkpoint").glob("epoch_[0-9]*.json"))
         kept = f"goes on after epoch {int(saved[-1].stem[6:]) + 1}" if saved else "has no epoch to go on from"
         return f"--resume {kept}"
-
-    def stop(self, number, frame):
-        """End at a signal with one line."""
-        if os.getpid() != self.pid:  # a loader process, which inherits this: its parent ends it
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-            return
-        cli.say(f"stopped by {signal.Signals(number).name}; {self.kept()}")
-        leave(128 + number)
 
     def explain(self, kind, error, trace):
         """One line for an error that is not the program's own; others keep their traceback."""
@@ -171,7 +164,7 @@ class Run:
         if checkpoint is None:
             if self.files[2].exists() or any((folder / "checkpoint").glob("epoch_[0-9]*.json")):
                 cli.fail(
-                    f"--resume: no whole checkpoint in {folder}; add --overwrite to delete what it holds"
+                    f"--resume: no whole checkpoint in {folder}; --overwrite instead deletes what it holds"
                 )
             if args.resume == "yes":
                 cli.fail(f"--resume: no checkpoint in {folder}; --resume auto would start a new run")
@@ -197,6 +190,24 @@ class Run:
         args = json.loads(json.dumps(dataclasses.asdict(self.args)))  # tuples become lists, as in a file
         processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
         return {"script": self.script, "args": args, "num_processes": processes, "precision": precision}
+
+    def set_data(self, train_set, test_set):
+        """Keep in checkpoints and result what the data are. Those of a resumed run have to be its own."""
+        self.all_names, self.classes = train_set.all_names, train_set.classes
+        counts = f"{len(self.classes)} classes, {len(train_set)} training and {len(test_set)} test images"
+        self.data = {"counts": counts, "sha256": [train_set.sha256(), test_set.sha256()]}
+        then = (self.checkpoint or {}).get("data", self.data)
+        if then != self.data:
+            others = then["counts"] if then["counts"] != counts else "others of these numbers"
+            given = f"--data-dir {self.args.data_dir}: {counts}; the run in {self.folder} has {others}"
+            cli.fail(f"--resume: {given}; give it its own, or another --output-dir")
+
+    def of_all_classes(self, name, values):
+        """`values`; those of each class, [K], as the name tells, with None or no images where left out."""
+        if not name.startswith(OF_CLASSES):
+            return values
+        of, other = dict(zip(self.classes, values, strict=True)), 0 if name == "class_counts" else None
+        return [of.get(k, other) for k in range(len(self.all_names))]
 
     def track(self, epochs, **objects):
         """Begin the stage of the range `epochs` and return those that are left to run, numbered on.
@@ -228,7 +239,7 @@ class Run:
                 cli.fail(f"--output-dir {self.folder}: cannot be written ({e.strerror})")
         self.is_made = True
         left = range(max(epochs.start, self.first_epoch), epochs.stop)
-        return left[:1] if self.args.dry_run else left
+        return left[len(left) // 2 :][:1] if self.args.dry_run else left
 
     # --------------------------------------------------------------------------------------------- an epoch
 
@@ -236,7 +247,7 @@ class Run:
         """Seed everything from (seed, epoch), so that a resumed run repeats the unbroken one."""
         self.epoch, self.begun, self.recorded = epoch, time.perf_counter(), {}
         self.stats, self.rate = {"loss": None}, None  # of an epoch without steps
-        self.steps_per_epoch, self.step_seconds, self.steps_end = 0, 0.0, self.begun
+        self.steps_per_epoch, self.step_seconds = 0, 0.0
         seed = datasets.epoch_seed(self.args.seed, epoch, stream=99)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
@@ -262,7 +273,7 @@ class Run:
                 ends.append(time.perf_counter())
             if self.args.dry_run and step == last:
                 break
-        self.step_seconds, self.steps_end = ends[-1] - ends[-2], ends[-1]
+        self.step_seconds = ends[-1] - ends[-2]
         batch = getattr(loader, "total_batch_size", self.args.batch_size)
         self.rate = len(loader) * batch / (time.perf_counter() - self.begun)
 
@@ -291,8 +302,9 @@ class Run:
 
     def end_epoch(self, epoch, accuracy):
         """Log the epoch and write its checkpoint. accuracy: what evaluation.per_split returned."""
+        accuracy = {name: self.of_all_classes(name, values) for name, values in accuracy.items()}
         self.per_class = {name: accuracy.pop(name) for name in PER_CLASS}
-        testing, batches = time.perf_counter() - self.steps_end, accuracy.pop("batches", None)
+        testing = accuracy.pop("test_seconds", None)
         line = {"epoch": epoch, "lr": self.lr(), **self.stats, **accuracy, "images_per_second": self.rate}
         line["seconds"] = time.perf_counter() - self.begun
         self.history.append(line)
@@ -304,18 +316,24 @@ class Run:
             write_file(self.files[1], "".join(json.dumps(line) + "\n" for line in self.history))
             state = {name: thing.state_dict() for name, thing in self.tracked.items()}
             content = {**self.facts(), "epoch": epoch, "history": self.history, "per_class": self.per_class}
-            save_checkpoint(self.folder / "checkpoint", epoch, {**content, "state": state})
+            content |= {"data": self.data, "state": state}
+            save_checkpoint(self.folder / "checkpoint", epoch, content)
         if self.args.dry_run:
-            self.check_stage(epoch, testing, batches)
+            self.check_stage(epoch, *testing)
 
-    def check_stage(self, epoch, testing, batches):
-        """Of a dry run: read the checkpoint back and say how long the stage takes. testing: a batch, in s."""
+    def check_stage(self, epoch, first, testing, batches):
+        """Of a dry run: read the checkpoint back and say how long the stage takes.
+
+        first: seconds of an epoch's first test batch, which starts the loader; testing: of another.
+        """
         self.accelerator.wait_for_everyone()
         state = load_checkpoint(self.folder / "checkpoint")["state"]
         for name, thing in self.tracked.items():
             thing.load_state_dict(state[name])
+        if not self.steps_per_epoch:  # all but the test is one
+            self.steps_per_epoch, self.step_seconds = 1, time.perf_counter() - self.begun - first - testing
         steps = self.steps_per_epoch
-        seconds = len(self.stage) * (steps * self.step_seconds + batches * testing)
+        seconds = len(self.stage) * (steps * self.step_seconds + first + (batches - 1) * testing)
         self.lasting.append(seconds)
         size = (self.folder / "checkpoint" / f"epoch_{epoch:04d}.pt").stat().st_size / 1e6
         each = f"{steps} steps of {self.step_seconds:.2g} s and {batches} test batches of {testing:.2g} s"
@@ -327,7 +345,7 @@ class Run:
 
         [N, C, H, W] or [N, H, W], uint8, bool, or floating-point in 0..1; small images are drawn larger.
         """
-        if self.main:
+        if self.main and not self.args.dry_run:
             columns = [column[:, None] if column.ndim == 3 else column for column in columns]
             columns = [c / 255 if c.dtype == torch.uint8 else c.float() for c in columns]
             channels = max(column.shape[1] for column in columns)
@@ -350,9 +368,8 @@ class Run:
         if self.args.dry_run:
             return self.end_dry_run()
         accelerator, args, last, file = self.accelerator, self.args, self.history[-1], self.files[2]
-        if self.first_epoch == self.epochs and file.exists():  # a finished run, resumed
-            result = json.loads(file.read_text())
-        else:
+        result = read_result(self.folder) if self.first_epoch == self.epochs else None
+        if result is None:  # and not a finished run, resumed
             result = {"script": self.script}
             result |= {k: getattr(args, k) for k in ("dataset", "imbalance", "seed", "epochs")}
             result |= {k: v for k, v in last.items() if k not in ("epoch", "lr", "seconds")}
@@ -370,7 +387,9 @@ class Run:
                 "parameters": sum(p.numel() for p in self.tracked["model"].parameters()),
                 "weights_sha256": weights_hash(self.tracked["model"].state_dict()),
                 "args": self.facts()["args"],
+                "data_sha256": self.data["sha256"],
                 **facts,
+                "class_names": self.all_names,
                 **self.per_class,
             }
             for name, own in last.get("predictions", {}).items():
@@ -380,7 +399,7 @@ class Run:
                 write_file(file, json.dumps(result, indent=1))
         if self.main:
             # What there is of every class ("class_...") is long, so only in the files.
-            short = {k: v for k, v in result.items() if not k.startswith(("class_", "per_class"))}
+            short = {k: v for k, v in result.items() if not k.startswith(OF_CLASSES)}
             print(json.dumps(short), flush=True)
         accelerator.end_training()
         return result
@@ -392,6 +411,22 @@ class Run:
         cli.say(f"--dry-run: the whole run would take about {seconds / 60:.1f} minutes, and {memory:.1f} GB")
         self.accelerator.end_training()
         return {"seconds": seconds}
+
+
+def end_at_signals(kept):
+    """From now on end this process at SIGINT and SIGTERM with one line, which says kept()."""
+    own = os.getpid()
+
+    def stop(number, frame):
+        if os.getpid() != own:  # a loader process, which inherits this: its parent ends it
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        cli.say(f"stopped by {signal.Signals(number).name}; {kept()}")
+        leave(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def leave(code):
@@ -409,16 +444,21 @@ def shape_of(batch):
     return tuple(batch.shape[1:]) if isinstance(batch, torch.Tensor) else shape_of(batch[0])
 
 
-def read_finished(folder):
-    """(result, weights) of the finished run in `folder`. OSError says in one line what is missing."""
+def read_result(folder):
+    """The result of the run in `folder`, or None where it has none that is whole."""
     try:
         result = json.loads(Path(folder, "result.json").read_text())
-        args = result["args"]
-        result["args"] = {name: tuple(v) if isinstance(v, list) else v for name, v in args.items()}
-    except (OSError, ValueError, KeyError):
-        raise OSError(
-            f"{folder}: holds no finished run (no result.json); name another, or finish it"
-        ) from None
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and "args" in result else None
+
+
+def read_finished(folder):
+    """(result, weights) of the finished run in `folder`. OSError says in one line what is missing."""
+    result = read_result(folder)
+    if result is None:
+        raise OSError(f"{folder}: holds no finished run (no result.json); name another, or finish it")
+    result["args"] = {name: tuple(v) if isinstance(v, list) else v for name, v in result["args"].items()}
     checkpoint = load_checkpoint(Path(folder, "checkpoint"))
     weights = checkpoint and checkpoint["state"]["model"]
     if checkpoint is None or weights_hash(weights) != result["weights_sha256"]:
@@ -541,7 +581,7 @@ def load_checkpoint(folder):
             if len(content) == facts["size"] and hashlib.sha256(content).hexdigest() == facts["sha256"]:
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             problem = "differs from its manifest"
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             problem = str(e)
         cli.say(f"note: {file}: damaged ({problem}); going back to the checkpoint before it")
     return None

@@ -51,9 +51,10 @@ def said(done):
 @pytest.mark.parametrize(
     "name, line",
     [
-        (
+        pytest.param(
             "nan",
             "loss is not finite in epoch 2, step 4 (lr 0.0005, precision no); the checkpoint of epoch 1 is",
+            marks=pytest.mark.slow,
         ),
         ("memory", "out of memory (--batch-size 64, images of 3x24x24, peak "),
         pytest.param(
@@ -135,6 +136,27 @@ def test_signal_to_the_launcher(tmp_path, number):
     assert process.returncode != 0 and out == "" and err.count("; --resume goes on after epoch ") == 1
     assert not processes_of(tmp_path)
     assert run_here("cmo.py", **given, resume="yes")["epochs"] == 3
+
+
+def test_signal_before_a_run(tmp_path):
+    env = sabotage(
+        tmp_path, "from common import datasets\ndatasets.check = lambda args: os.kill(os.getpid(), 2)\n"
+    )
+    done = launch("cmo.py", env=env, check_data=True)
+    assert done.returncode == 130 and done.stdout == ""
+    assert said(done) == ["stopped by SIGINT; nothing was begun"]
+
+
+def test_dry_run_of_two_processes(tmp_path):
+    """In one folder, of which nothing is left."""
+    (tmp_path / "temporary").mkdir()
+    given = options("cmo.py", tmp_path / "run", dry_run=True)
+    done = launch("cmo.py", processes=2, env=dict(TMPDIR=str(tmp_path / "temporary")), **given)
+    assert done.returncode == 0 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("--dry-run: the whole run would take about ")
+    assert not (tmp_path / "run").exists()
+    left = [path for path in (tmp_path / "temporary").rglob("*") if "torchelastic" not in str(path)]
+    assert left == []
 
 
 def test_full_disk(tmp_path):

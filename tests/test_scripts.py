@@ -155,9 +155,10 @@ def test_dry_run(script, tmp_path, jpegs, capsys):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_same_command_twice(script, tmp_path):
+    given = [options(script, tmp_path / str(i), seed=seed, epochs=2) for i, seed in enumerate((0, 0, 1))]
     first, second, other = (
-        result_of(launch(script, **options(script, tmp_path / str(i), seed=seed, epochs=2)))
-        for i, seed in enumerate((0, 0, 1))
+        result_of(launch(script, **given[0])),
+        *(run_here(script, **of) for of in given[1:]),
     )
     assert first["weights_sha256"] == second["weights_sha256"] != other["weights_sha256"]
     assert losses(tmp_path / "0") == losses(tmp_path / "1")
@@ -228,7 +229,7 @@ def stopped(script, number, **given):
     return err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", FIRST)
 def test_stopped_by_a_signal(script, number, tmp_path):
     """One line, and a resumed run that ends with the unbroken one's weights."""

@@ -34,11 +34,9 @@ def test_default_recipe_command_line():
 
 
 def test_kinds():
-    args = parse(
-        "--lr-steps 4 5 6 --fast --imbalance 20 --batch_size 8 --train-list a_b.txt --resume --epochs 3"
-    )
+    args = parse("--lr-steps 4 5 6 --fast --imbalance 20 --batch_size 8 --output-dir a_b --resume --epochs 3")
     assert args.lr_steps == (4, 5, 6) and args.fast and args.imbalance == 20.0 and args.batch_size == 8
-    assert args.train_list == "a_b.txt" and args.resume == "yes" and args.epochs == 3
+    assert args.output_dir == "a_b" and args.resume == "yes" and args.epochs == 3
     assert parse("--lr-steps").lr_steps == () and not parse("--no-fast").fast
     assert parse("--resume auto").resume == "auto" and parse("").resume == "no"
 
@@ -72,6 +70,10 @@ def test_kinds():
         ("--resume maybe", "--resume maybe: must be one of no, yes, auto"),
         ("--lr-steps 4 -5", "--lr-steps -5: must be at least 0"),
         ("--seed", "--seed: expected one argument"),
+        (
+            "--resume auto --overwrite",
+            "--overwrite: deletes the run that --resume goes on with; leave one of them out",
+        ),
     ],
 )
 def test_refusals(line, complaint, capsys):
@@ -155,6 +157,19 @@ def test_where_values_are_from(capsys):
     assert lines["--lr"] == ["0.5", "command", "line"] and lines["--seed"] == ["3", "command", "line"]
     assert lines["--lr-steps"] == ["2", "3", "recipe"] and lines["--wd"] == ["0.0", "default"]
     assert lines["--output-dir"] == ["-", "default"] and "--print-config" not in lines
+
+
+def test_where_values_are_from_is_told_once(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        parse("--print-config")
+    assert stop.value.code == 0 and capsys.readouterr().out == ""
+
+
+def test_lists_are_for_data_sets_of_lists(capsys):
+    assert parse("--dataset imagenet_lt --train-list a.txt --test-list b.txt").test_list == "b.txt"
+    line = refusal(lambda: parse("--train-list a.txt"), capsys)
+    assert line.startswith("--train-list a.txt: is for --dataset image_list or imagenet_lt or ")
 
 
 def test_batch_sizes_without_effect_are_not_judged(capsys):

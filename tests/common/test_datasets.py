@@ -5,6 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from torchvision.transforms import v2
 
 from common import augment, datasets
 from common.cli import Args, flag
-from tests.conftest import refusal
+from tests.conftest import ROOT, refusal
 
 CIFAR10_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 CIFAR100_100 = """
@@ -182,7 +185,8 @@ def test_too_large_an_imbalance(capsys):
 def test_more_classes_in_groups_than_there_are(many, few, capsys):
     args = Args(many_classes=many, few_classes=few)
     line = refusal(lambda: datasets.load(args), capsys)
-    assert line == f"--many-classes {many}, --few-classes {few}: there are only 10 classes; lower them"
+    given = f"--many-classes {many}" + f", --few-classes {few}" * (few is not None)
+    assert line == f"{given}: there are only 10 classes; lower them"
 
 
 # Samplers
@@ -419,9 +423,33 @@ def test_image_folder_is_cut(folder):
     assert train_set.class_counts.tolist() == [6, 1]
 
 
-def test_val_serves_as_test(folder):
-    (folder / "test").rename(folder / "val")
+def test_val_serves_as_test(folder, capsys):
+    """Where there is no test/."""
+    shutil.copytree(folder / "test", folder / "val")
+    next((folder / "val" / "class 0").iterdir()).unlink()
     assert len(datasets.load(folder_args(folder, image_size=32))[1]) == 4
+    note = f"note: tested on {folder}/test; {folder}/val is left alone"
+    assert capsys.readouterr().err.splitlines()[0] == note
+    shutil.rmtree(folder / "test")
+    assert len(datasets.load(folder_args(folder, image_size=32))[1]) == 3
+    assert "note" not in capsys.readouterr().err
+    shutil.rmtree(folder / "val")
+    line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
+    assert line.endswith(f"needs train/CLASS/ and test/CLASS/ (or val/CLASS/); there is no {folder}/test")
+
+
+def test_hidden_folders_are_no_classes(folder):
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    assert datasets.load(folder_args(folder))[0].class_names == ["class 0", "class 1"]
+
+
+def test_folders_that_cannot_be_read(folder, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(datasets.Path, "iterdir", refuse)
+    line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
+    assert line == f"{folder}/train: cannot be read (Permission denied); mend that"
 
 
 def write_lists(folder):
@@ -432,6 +460,31 @@ def write_lists(folder):
     return dict(
         train_list=str(folder / "train.txt"), test_list=str(folder / "test.txt"), dataset="image_list"
     )
+
+
+def test_paths_of_a_list(folder, capsys):
+    """A list in --data-dir, with a byte order mark; ./a.jpg is a.jpg."""
+    options, file = write_lists(folder), folder / "train.txt"
+    plain = datasets.read_list(file)
+    file.write_bytes(b"\xef\xbb\xbf./" + file.read_bytes().replace(b"class 1/", b"../train//class 1/"))
+    paths, labels = datasets.read_list(file)
+    assert paths == plain[0] and labels.tolist() == plain[1].tolist()
+    assert paths[0].startswith("train/class 0/")
+    here = {**options, "train_list": "train.txt", "test_list": "test.txt"}
+    assert len(datasets.load(folder_args(folder, **here))[0]) == 9
+    capsys.readouterr()
+    line = refusal(lambda: datasets.load(folder_args(folder, **{**here, "test_list": "tset.txt"})), capsys)
+    assert line.startswith(f"--test-list tset.txt: no such list file, nor in --data-dir {folder}; ")
+
+
+def test_a_label_that_is_a_mistake(folder, capsys):
+    """Is not taken for the number of the classes, whatever may be left out."""
+    options = write_lists(folder)
+    with open(options["train_list"], "a") as file:
+        file.write(f"\na.jpg {10**20}")
+    args = folder_args(folder, **options, allow_empty_classes=True)
+    line = refusal(lambda: datasets.load(args), capsys)
+    assert line == f"{options['train_list']}:11: label {10**20} is out of range; labels are 0 to 999999"
 
 
 def test_image_list_equals_image_folder(folder):
@@ -463,6 +516,10 @@ def test_competition_json(tmp_path):
         ("a.jpg -100", "list.txt:1: label -100 is out of range; labels are 0 to 4"),
         ("a.jpg 4\n\nb.jpg 5", "list.txt:3: label 5 is out of range; labels are 0 to 4"),
         ("\n", "list.txt: names no image; a line is `relative/path label`"),
+        (
+            "a.jpg 0\nb\0.jpg 1",
+            "list.txt: not a list file in UTF-8 or a JSON file with images and annotations (a NUL byte)",
+        ),
     ],
 )
 def test_wrong_lists(tmp_path, capsys, lines, complaint):
@@ -546,11 +603,34 @@ def test_empty_classes_can_be_left_out(folder, capsys):
         assert note.startswith("note: no training image of 1 of 3 classes: ")
         assert note.endswith("1; left out, with 2 test images")
         assert train.class_names == (["0", "2"] if lists else ["class 0", "class 2"])
+        assert train.classes == test.classes == [0, 2] and len(train.all_names) == len(test.all_names) == 3
         assert train.class_counts.tolist() == [6, 3]
         assert train.labels.tolist() == [0] * 6 + [1] * 3 and test.labels.tolist() == [0, 0, 1, 1]
         assert [path.decode()[:14] for path in test.paths] == ["test/class 0/e"] * 2 + ["test/class 2/e"] * 2
     args = folder_args(folder, allow_empty_classes=True, imbalance=2.0)
     assert datasets.load(args)[0].class_counts.tolist() == [6, 3]
+
+
+@pytest.mark.parametrize("call", [datasets.load, datasets.check])
+def test_a_part_without_images(folder, capsys, call):
+    """Neither is there a test without images, whether or not classes may be left out, nor a training."""
+    for path in (folder / "test" / "class 0").iterdir():
+        path.unlink()
+    for path in (folder / "train" / "class 1").iterdir():
+        path.unlink()
+    args = folder_args(folder, allow_empty_classes=True, check_data=call is datasets.check)
+    line = refusal(lambda: call(args), capsys)
+    assert line == f"--data-dir {folder}: no test image of these classes; put them there"
+    for path in (folder / "train" / "class 0").iterdir():
+        path.unlink()
+    assert refusal(lambda: call(args), capsys) == f"--data-dir {folder}: no training image; put them there"
+
+
+def test_a_test_without_images(folder, capsys):
+    for path in (folder / "test").glob("*/*"):
+        path.unlink()
+    line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
+    assert line == f"--data-dir {folder}: no test image of these classes; put them there"
 
 
 def test_images_in_both_parts_are_told(folder, capsys):
@@ -629,6 +709,67 @@ def test_lists_of_a_script_are_checked(jpeg_lists, tmp_path, capsys):
     assert refusal(lambda: datasets.check(args), capsys).endswith(
         "label 3 is out of range; labels are 0 to 2"
     )
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (dict(batch_size=61), "--batch-size 61: there are only 60 training images"),
+        (dict(few_classes=4), "--few-classes 4: there are only 3 classes"),
+        (dict(cutout=4), "--cutout: is for RGB images of up to 64 pixels"),
+        (dict(color_jitter=0.0, image_size=None, random_rotation=4), "--random-rotation: is for RGB images"),
+    ],
+)
+def test_what_loading_would_refuse_is_checked(jpegs, capsys, options, complaint):
+    args = Args(**{**jpegs, **options}, check_data=True)
+    line = refusal(lambda: datasets.check(args), capsys)
+    assert line.startswith(complaint)
+    assert refusal(lambda: datasets.load(args), capsys) == line
+
+
+def test_labels_of_other_lists_count_classes_that_are_left_out(jpeg_lists, tmp_path):
+    import meta_weights
+
+    for name in ("train", "test", "dev"):
+        file = tmp_path / f"{name}.txt"
+        lines = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
+        file.write_text("".join(f"{path} {2 * int(label)}\n" for path, label in lines))
+    args = meta_weights.Args(**jpeg_lists, dev_list=str(tmp_path / "dev.txt"), check_data=True)
+    args.allow_empty_classes = True
+    datasets.check(args)
+    assert datasets.load_list(args, "dev_list").class_counts.tolist() == [2, 2, 2]
+
+
+def test_what_a_data_set_is_known_by(jpegs, jpeg_lists, tmp_path):
+    """Its classes, paths and labels, also of images in memory; not the folder it lies in."""
+
+    def known(size=72, **options):
+        return datasets.load(Args(**{**jpeg_lists, "image_size": size, **options}))[0].sha256()
+
+    before = {size: known(size) for size in (72, 32)}
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert {size: known(size, data_dir=str(tmp_path / "moved")) for size in (72, 32)} == before
+    (tmp_path / "moved").rename(tmp_path / "data")
+    file = Path(jpeg_lists["train_list"])
+    content = file.read_text()
+    for old, new in (("class 1/3.jpg 1", "class 1/3.jpg 2"), ("class 1/3.jpg", "class 1/../class 1/4.jpg")):
+        file.write_text(content.replace(old, new))
+        assert all(known(size) != sha for size, sha in before.items())
+
+
+@pytest.mark.parametrize("mode, name", [("I;16", "x.png"), ("I;16", "x.tif"), ("F", "x.tif")])
+def test_more_than_eight_bits_are_not_cut_off(tmp_path, mode, name):
+    Image.new(mode, (4, 4)).save(tmp_path / name)
+    with pytest.raises(OSError, match=f"{name}: not readable as an image .more than 8 bits a pixel; "):
+        datasets.read_pixels(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_transparent_palettes_are_taken_in_silence(tmp_path):
+    Image.new("P", (4, 4)).save(tmp_path / "x.png", transparency=b"\x00\x80")
+    code = f"from common import datasets; print(datasets.read_pixels('{tmp_path}/x.png').shape)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "torch.Size([3, 4, 4])\n" and done.stderr == ""
 
 
 def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch):
@@ -1006,7 +1147,7 @@ def test_class_aware_without_whole_rounds():
 def test_more_classes_than_images(tmp_path, jpegs, jpeg_lists, capsys):
     """A label that is a mistake, say."""
     with open(jpeg_lists["train_list"], "a") as file:
-        file.write("\ntrain/class 0/0.jpg 1000000000000")
+        file.write("\ntrain/class 0/0.jpg 1000")
     line = refusal(lambda: datasets.load(Args(**jpeg_lists)), capsys)
-    given = f"{jpeg_lists['train_list']}: labels up to 1000000000000, but 61 images; "
+    given = f"{jpeg_lists['train_list']}: labels up to 1000, but 61 images; "
     assert line == given + "number the classes from 0 on, or --allow-empty-classes leaves out empty ones"

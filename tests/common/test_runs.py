@@ -1,6 +1,8 @@
 """common.runs: folders, checkpoints, the log and the result."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import cmo
 from cmo import Args
-from common import runs
+from common import datasets, runs
 from tests.conftest import ROOT, TINY, refusal
 
 
@@ -59,7 +61,8 @@ def test_what_a_run_leaves(tmp_path, capsys):
     stored = strict((folder / "result.json").read_text())
     assert stored == json.loads(json.dumps(result))
     printed = strict(capsys.readouterr().out)
-    assert printed == {key: value for key, value in stored.items() if key not in runs.PER_CLASS}
+    assert printed == {key: value for key, value in stored.items() if not key.startswith(runs.OF_CLASSES)}
+    assert stored["class_names"] == list(datasets.SHAPES)
     assert stored["class_counts"] == [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]
     assert result["script"] == "cmo.py" and result["num_processes"] == 1 and result["precision"] == "no"
     assert len(result["per_class"]) == 10 and result["best_on_test"] >= result["all"]
@@ -107,6 +110,17 @@ def test_resuming_a_finished_run_repeats_its_result(finished, tmp_path, capsys):
     assert "epoch 2/2" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ['{"script', "[]"])
+def test_a_damaged_result_is_made_up_for(finished, tmp_path, capsys, content):
+    folder, result = finished
+    (folder / "result.json").write_text(content)
+    with pytest.raises(OSError, match="holds no finished run"):
+        runs.read_finished(folder)
+    again = cmo.main(tiny(tmp_path, resume="yes"))
+    assert all(again[name] == result[name] for name in ("weights_sha256", "per_class", "all"))
+    assert strict((folder / "result.json").read_text())["weights_sha256"] == result["weights_sha256"]
+
+
 def test_a_result_that_was_not_written_is_made_up_for(finished, tmp_path):
     folder, result = finished
     (folder / "result.json").unlink()
@@ -125,7 +139,7 @@ def test_a_result_without_checkpoints_is_not_lost(finished, tmp_path, capsys):
     for path in (folder / "checkpoint").iterdir():
         path.unlink()
     line = refusal(lambda: begin(tiny(tmp_path, resume="auto")), capsys)
-    assert line == f"--resume: no whole checkpoint in {folder}; add --overwrite to delete what it holds"
+    assert line == f"--resume: no whole checkpoint in {folder}; --overwrite instead deletes what it holds"
     assert (folder / "result.json").exists()
 
 
@@ -194,7 +208,7 @@ def test_resume_from_each_epoch_repeats_the_run(finished, tmp_path):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "no manifest", "half a manifest"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "no manifest", '{"size"', "[]", "null"])
 def test_damaged_checkpoints(finished, tmp_path, capsys, damage):
     """Named, and the one before is taken; the run still ends as the unbroken one."""
     folder, result = finished
@@ -210,7 +224,7 @@ def test_damaged_checkpoints(finished, tmp_path, capsys, damage):
     elif damage == "no manifest":
         file.with_suffix(".json").unlink()
     else:
-        file.with_suffix(".json").write_text('{"size"')
+        file.with_suffix(".json").write_text(damage)
     (folder / "result.json").unlink()
     capsys.readouterr()
     again = cmo.main(tiny(tmp_path, resume="yes"))
@@ -269,6 +283,83 @@ def test_schedule_beyond_the_end_is_told(tmp_path, capsys):
     )
 
 
+def test_resume_with_other_data(tmp_path, jpegs, capsys):
+    """Of more classes, or of as many images that are others, for the test alone, too."""
+    given = {**jpegs, "image_size": 16, "arch": "resnet8", "epochs": 2}
+    cmo.main(tiny(tmp_path, **given))
+    resumed, data = tiny(tmp_path, **given, resume="yes"), tmp_path / "data"
+    hashes = cmo.main(resumed)["data_sha256"]
+    assert len(hashes) == 2
+    has = f"the run in {tmp_path}/run has"
+    for part in ("train", "test"):
+        old, new = (data / part / "class 0" / name for name in ("0.jpg", "new.jpg"))
+        old.rename(new)
+        with pytest.raises(SystemExit) as stop:
+            cmo.main(resumed)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and line == (
+            f"--resume: --data-dir {data}: 3 classes, 60 training and 9 test images; {has} others of these "
+            "numbers; give it its own, or another --output-dir"
+        )
+        new.rename(old)
+    shutil.copytree(data / "train" / "class 0", data / "train" / "class 3")
+    shutil.copytree(data / "test" / "class 0", data / "test" / "class 3")
+    with pytest.raises(SystemExit):
+        cmo.main(resumed)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        f"--resume: --data-dir {data}: 4 classes, 80 training and 12 test images; {has} 3 "
+    )
+
+
+def test_classes_that_are_left_out_are_null(tmp_path, jpegs):
+    """So that a class's number in the result is its number in the data."""
+    for path in (tmp_path / "data" / "train" / "class 1").iterdir():
+        path.unlink()
+    given = {**jpegs, "image_size": 16, "arch": "resnet8", "allow_empty_classes": True}
+    result = cmo.main(tiny(tmp_path, **given, epochs=1))
+    assert result["class_names"] == ["class 0", "class 1", "class 2"]
+    assert result["class_counts"] == [20, 0, 20]
+    assert [value is None for value in result["per_class"]] == [False, True, False]
+    seen = [value for value in result["per_class"] if value is not None]
+    assert result["all"] == pytest.approx(sum(seen) / 2) and result["few"] is None
+    run = begin(tiny(tmp_path, output_dir=str(tmp_path / "other")))
+    run.classes, run.all_names = [1, 2], ["a", "b", "c"]
+    run.tracked, run.main, run.stage = {}, False, range(1)
+    run.begin_epoch(0)
+    accuracy = dict(class_counts=[5, 6], per_class=[7.0, None], class_weights=[0.1, 0.2], rates=[1, 2])
+    run.end_epoch(0, accuracy | dict.fromkeys(("all", "many", "medium", "few")))
+    assert run.per_class == {"class_counts": [0, 5, 6], "per_class": [None, 7.0, None]}
+    assert run.history[0]["class_weights"] == [None, 0.1, 0.2] and run.history[0]["rates"] == [1, 2]
+
+
+def test_kept_is_the_last_checkpoint(finished, tmp_path):
+    assert begin(tiny(tmp_path, resume="yes")).kept() == "--resume goes on after epoch 2"
+
+
+def test_errors_of_any_process_are_told(tmp_path, monkeypatch, capsys):
+    run, codes = begin(tiny(tmp_path)), []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(runs, "leave", codes.append)
+    run.explain(MemoryError, MemoryError(), None)
+    assert codes == [1] and capsys.readouterr().err.startswith("out of memory (")
+
+
+def test_signals_to_a_loader_process(monkeypatch, capsys):
+    """Which inherits what its parent does at them: it says nothing, and ends only by SIGTERM."""
+    handlers, codes = {}, []
+    monkeypatch.setattr(runs.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(runs.os, "_exit", codes.append)
+    monkeypatch.setattr(runs, "leave", codes.append)
+    runs.end_at_signals(lambda: "all is kept")
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert codes == [143] and capsys.readouterr().err == "stopped by SIGTERM; all is kept\n"
+    monkeypatch.setattr(runs.os, "getpid", lambda: 1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number](number, None)
+    assert codes == [143, 143] and capsys.readouterr().err == ""
+
+
 def test_processes_that_do_not_see_each_other(tmp_path, capsys, monkeypatch):
     accelerator = Accelerator()
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -277,7 +368,7 @@ def test_processes_that_do_not_see_each_other(tmp_path, capsys, monkeypatch):
 
 
 def test_dry_run(tmp_path, capsys, monkeypatch):
-    """Two steps, one batch of the test, a checkpoint and back; nothing stays."""
+    """Of the middle epoch two steps, two batches of the test, a checkpoint and back; nothing stays."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     begun, seen = runs.Run.record, []
     monkeypatch.setattr(runs.Run, "record", lambda run, **v: seen.append(run.epoch) or begun(run, **v))
@@ -288,7 +379,7 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     loaded, load = [], runs.load_checkpoint
     monkeypatch.setattr(runs, "load_checkpoint", lambda folder: loaded.append(folder) or load(folder))
     result = cmo.main(tiny(tmp_path, dry_run=True, epochs=5, las=True, las_epochs=2, las_batch_size=64))
-    assert seen == [0, 0, 5, 5] and tested == [64, 64] and len(loaded) == 2
+    assert seen == [2, 2, 6, 6] and tested == [128, 128] and len(loaded) == 2
     lines = capsys.readouterr().err.splitlines()[-3:]
     assert lines[0].startswith("epochs 1 to 5: each 19 steps of ") and " and 16 test batches of " in lines[0]
     assert lines[1].startswith("epochs 6 to 7: each 21 steps of ") and "; checkpoints of 0." in lines[1]
@@ -299,19 +390,22 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
 
 
 def test_time_of_a_dry_run(tmp_path, monkeypatch, capsys):
-    """epochs x (steps x the second step + test batches x the one), of all stages."""
+    """epochs x (steps x the second step + the first test batch + the others x the second), of all stages."""
     args = tiny(tmp_path, dry_run=True)
     run = begin(args)
     model, saved = torch.nn.Linear(1, 1), {"weight": torch.tensor([[3.0]]), "bias": torch.tensor([4.0])}
     run.stage, run.steps_per_epoch, run.step_seconds, run.tracked = range(10), 30, 0.5, {"model": model}
     (run.folder / "checkpoint").mkdir()
     runs.save_checkpoint(run.folder / "checkpoint", 0, {"state": {"model": saved}})
-    run.check_stage(0, 2.0, 4)
+    run.check_stage(0, 7.0, 2.0, 4)
     assert model.weight.item() == 3 and model.bias.item() == 4  # read back
     run.stage = range(10, 11)
-    run.check_stage(0, 2.0, 4)
-    assert run.end_dry_run() == {"seconds": 10 * (30 * 0.5 + 4 * 2.0) + 23}
-    assert "in all about 3.8 minutes" in capsys.readouterr().err and not run.folder.exists()
+    run.check_stage(0, 7.0, 2.0, 4)
+    run.steps_per_epoch, run.begun = 0, time.perf_counter() - 100  # a classifier that is fitted at once
+    run.check_stage(0, 7.0, 2.0, 4)
+    seconds = run.end_dry_run()["seconds"]
+    assert seconds == pytest.approx(10 * (30 * 0.5 + 7 + 3 * 2.0) + 28 + (100 - 9 + 13), abs=1)
+    assert "in all about 4.7 minutes" in capsys.readouterr().err and not run.folder.exists()
 
 
 def test_dry_run_begins_at_the_beginning(finished, tmp_path, capsys):
