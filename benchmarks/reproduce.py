@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import systems
-from common import cli, compare
+from common import cli, compare, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,15 +86,15 @@ def jobs_of(rows, seeds, folder, more):
 def run(job, threads):
     """The result of a job, {"row": name, ...}; None where it failed, with its last line said."""
     name, words, published, folder = job
-    file, there = folder / "result.json", ", already there"
-    if not (file.exists() and json.loads(file.read_text())["command"] == shlex.join(words)):
+    result, there = runs.read_result(folder), ", already there"
+    if result is None or result["command"] != shlex.join(words):
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]
         done, there = subprocess.run(command, capture_output=True, text=True, env=env), ""
         if done.returncode:
             cli.say(f"failed: {shlex.join(words)}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
             return None
-    result = json.loads(file.read_text())
+        result = runs.read_result(folder)
     minutes = result["seconds"] / 60
     cli.say(f"{name}, seed {result['seed']}: all {result['all']:.1f} ({minutes:.1f} min{there})")
     return {"row": name, **({} if published is None else {"published": published}), **result}
@@ -133,6 +133,8 @@ def main(argv=None):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         print("\n".join(f"{name}: {shlex.join(words)}" for name, words, *_ in jobs))
         return
+    if argv is None:
+        runs.end_at_signals(lambda: "the same command goes on")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         results = [result for result in pool.map(lambda job: run(job, threads), jobs) if result]
