@@ -792,11 +792,11 @@ def test_new_images_are_made_with_the_network_of_stage_1(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "moment", ["3:5", *(pytest.param(at, marks=pytest.mark.slow) for at in ("1:5", "2:5", "5:5"))]
+    "moment", ["2:5", *(pytest.param(at, marks=pytest.mark.slow) for at in ("1:5", "3:5"))]
 )
 def test_killed_in_each_stage(moment, processes, tmp_path):
-    """Stage 1, the first and the second epoch of stage 2, stage 3: as if unbroken, bit for bit."""
-    long = {**SMALL, "epochs": 2, "stage2_epochs": 2, "stage3_epochs": 2}
+    """The first and the second epoch of stage 2, stage 3: as if unbroken, bit for bit."""
+    long = {**SMALL, "epochs": 1, "stage2_epochs": 2, "stage3_epochs": 1}
 
     def run(name, **more):
         given = {**long, "output_dir": tmp_path / name, **more}

@@ -499,7 +499,8 @@ def test_class_balanced_sampling(tmp_path, monkeypatch, options):
     assert seen == expected  # the last but one and the meta batches of the first
 
 
-@pytest.mark.parametrize("level", ["class", pytest.param("instance", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_two_processes_are_one has the first of them
+@pytest.mark.parametrize("level", ["class", "instance"])
 def test_two_processes_learn_the_same_sampler(tmp_path, level):
     """psi, and the classifier: draws, meta gradient and Adam's steps."""
     options = dict(SHORT, arch="lenet", lr=0.001, stage2_lr=0.01, batch_size=128, sampler_level=level)

@@ -551,7 +551,8 @@ def test_log(tmp_path, method):
         assert min(seen) >= 0 and max(seen) > 0 and "class_eps" not in line
 
 
-@pytest.mark.parametrize("method", OTHERS_SLOW)
+@pytest.mark.slow  # test_two_processes_are_one has the first of them
+@pytest.mark.parametrize("method", ["meta", "l2rw", "mwnet"])
 def test_two_processes_learn_the_same_weights(tmp_path, method):
     """Of the images and of the network. Few steps at a low rate: this network amplifies rounding errors."""
     options = dict(TINY, method=method, arch="lenet", lr=0.001, dev_batch_size=40, batch_size=256)
