@@ -351,13 +351,12 @@ def with_new_images(run, network, train_set, args):
     def make(images, labels, at):
         return transform(network.eval(), images, labels, draws[at], train_set, args)
 
-    cli.say(f"making {len(sources)} new images")
-    if args.dry_run:
-        sources = sources[: args.batch_size]
+    cli.say(f"making {'a batch of ' * args.dry_run}{len(sources)} new images")
     shown = torch.arange(len(sources))[:: -(-len(sources) // 8)]
     batch = train_set.__getitems__(sources[shown].tolist())
     run.save_grid("new_images.png", *make(*send_to_device(batch, run.accelerator.device), shown))
-    return train_set.extended(run.accelerator, sources, lambda *of: make(*of)[3], args.batch_size, folder)
+    how = dict(batch_size=args.batch_size, folder=folder, once=args.dry_run)
+    return train_set.extended(run.accelerator, sources, lambda *of: make(*of)[3], **how)
 
 
 def make_network(train_set, args):

@@ -398,8 +398,8 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args, epochs=stages[-1][2].stop)
     train_set, test_set = datasets.load(args)
-    run.set_data(train_set, test_set)
-    meta_set = datasets.load_list(args, "meta_list") if args.meta_list else train_set
+    meta_set = datasets.load_list(args, "meta_list", train_set) if args.meta_list else train_set
+    run.set_data(train_set, test_set, meta_set)
     class_counts, device = train_set.class_counts, accelerator.device
     options = datasets.loader_options(train_set)
     test_loader = accelerator.prepare(DataLoader(test_set, args.batch_size, **options))

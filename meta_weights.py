@@ -179,7 +179,7 @@ def load(args):
     train, test = datasets.load(dataclasses.replace(args, imbalance=1.0) if apart else args)
     if not apart and args.method not in WITH_DEV:
         return train, None, test
-    source = datasets.load_list(args, "dev_list") if args.dev_list else train
+    source = datasets.load_list(args, "dev_list", train) if args.dev_list else train
     fewest = int(source.class_counts.min())
     if each + apart > fewest:
         cli.fail(f"--dev-per-class {each}: the smallest class has {fewest} images; use less")
@@ -389,7 +389,7 @@ def main(args: Args) -> dict:
     accelerator = Accelerator(dataloader_config=config)
     run = runs.start(accelerator, args)
     train_set, dev_set, test_set = load(args)
-    run.set_data(train_set, test_set)
+    run.set_data(train_set, test_set, *([dev_set] if dev_set else []))
     class_counts, processes = train_set.class_counts, accelerator.num_processes
     options = datasets.loader_options(train_set)
     test_loader = accelerator.prepare(DataLoader(test_set, args.batch_size, **options))

@@ -119,7 +119,7 @@ class Args:
     )
     dry_run: bool = option(
         False,
-        "only two steps, a batch of the test and a checkpoint of each stage, and tell how long all takes",
+        "only two steps, two batches of the test and a checkpoint of each stage, and tell how long all takes",
     )
     output_dir: str | None = option(None, "folder of the run (default: runs/SCRIPT/DATASET_IMBALANCE_SEED)")
     resume: str = option(
@@ -129,7 +129,9 @@ class Args:
         bare="yes",
     )
     overwrite: bool = option(False, "delete the run that the output folder holds")
-    seed: int = option(0, "seed of initialisation, order and augmentation; the subset has its own", least=0)
+    seed: int = option(
+        0, "seed of initialisation, order and augmentation; the subset has its own", least=0, most=2**32
+    )
     arch: str = option(
         "resnet8",
         "network: CIFAR resnet8 to 56, ImageNet resnet10 to 152, resnext50_32x4d to 152, wide_resnet50_2, or "
@@ -146,6 +148,9 @@ class Args:
             check(field, getattr(self, field.name))
         if self.overwrite and self.resume != "no":
             fail("--overwrite: deletes the run that --resume goes on with; leave one of them out")
+        if self.few_under > self.many_over + 1:
+            given = f"--many-over {self.many_over}, --few-under {self.few_under}"
+            fail(f"{given}: a class would be both many- and few-shot; lower the second")
 
 
 def flag(name):
@@ -295,14 +300,17 @@ def parse(args_class, recipes, doc, argv=None):
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
     print_config = given.pop("print_config")
     args = build(args_class, recipes, **given)
-    if print_config and os.environ.get("RANK", "0") == "0":
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its reader may close early
-        for name, value in dataclasses.asdict(args).items():
-            source = (
-                "command line" if name in given else "recipe" if name in recipes[args.dataset] else "default"
-            )
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            print(f"{flag(name):24} {'-' if shown in ('', None) else shown!s:24} {source}")
     if print_config:
+        if os.environ.get("RANK", "0") == "0":
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its reader may close early
+            print_sources(args, given, recipes[args.dataset])
         raise SystemExit(0)
     return args
+
+
+def print_sources(args, given, recipe):
+    """Every option on stdout, and whether its value is of the command line, the recipe or the default."""
+    for name, value in dataclasses.asdict(args).items():
+        source = "command line" if name in given else "recipe" if name in recipe else "default"
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        print(f"{flag(name):24} {'-' if shown in ('', None) else shown!s:24} {source}")

@@ -216,7 +216,7 @@ class LabelledImages(Dataset):
     """labels [N], class_counts [K] of the TRAINING images, class_names [K], num_classes, shape (C, H, W).
 
     classes [K]: the numbers of its classes among all_names, which has those that were left out, too. listed:
-    of a set from files SHA-256 of all their paths.
+    SHA-256 of the paths of the files that were read for it, or for what it is a part of.
     """
 
     listed = None
@@ -253,12 +253,15 @@ class LabelledImages(Dataset):
         """The uint8 images [B, C, H, W] of normalised ones."""
         return (images * self.std.to(images.device) + self.mean.to(images.device)).round().to(torch.uint8)
 
-    def extended(self, accelerator, positions, make, batch_size, folder):
+    def extended(self, accelerator, positions, make, batch_size, folder, once=False):
         """This data set and behind it new images, each made from the one at `positions` [M], with its label.
 
         make(images, labels, at): new uint8 images [B, C, H, W] of normalised ones, at [B] in 0..M-1. In
         memory each process makes all, of files a share, kept in `folder`. class_counts are of the whole.
+        once: one batch stands for all of them, again and again.
         """
+        repeated = np.arange(len(positions)) % batch_size
+        positions = positions[:batch_size] if once else positions
         batches, whole = torch.arange(len(positions)).split(batch_size), copy.copy(self)
         if isinstance(self, ImageFiles):
             batches = batches[accelerator.process_index :: accelerator.num_processes]
@@ -269,6 +272,8 @@ class LabelledImages(Dataset):
         for name in self.per_image:
             parts = getattr(self, name), new[name]
             setattr(whole, name, np.concatenate(parts) if name == "paths" else torch.cat(parts))
+        if once:
+            return whole.subset(np.r_[: len(self), len(self) + repeated])
         whole.class_counts = torch.bincount(whole.labels, minlength=self.num_classes)
         return whole
 
@@ -431,12 +436,12 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # convert would cut the values off at 255
-                raise ValueError("more than 8 bits a pixel; make it 8")
+                raise ValueError("more than 8 bits a channel; make it 8")
             return image.convert("RGB")
     except FileNotFoundError:
         raise OSError(f"{path}: no such image; check --data-dir and the list") from None
     except Exception as e:  # decoders fail in many ways
-        raise OSError(f"{path}: not readable as an image ({e}); replace it or take it off the list") from None
+        raise OSError(f"{path}: not readable as an image ({e}); replace it or leave it out") from None
 
 
 def read_pixels(path):
@@ -490,37 +495,60 @@ MOST_CLASSES = 10**6  # more in a list are a mistake
 def load(args):
     """(train, test) of args.dataset. Stops with one line where something is missing or wrong."""
     train, test = read(args)
-    tell(args, train.class_counts, len(test))
+    tell(args, train.class_counts, len(test), train.shape[-1])
     return train, test
 
 
-def tell(args, class_counts, tests):
+def tell(args, class_counts, tests, size):
     counts = f"{len(class_counts)} classes of {class_counts.min()} to {class_counts.max()}"
-    cli.say(f"{args.dataset}: {class_counts.sum()} training images in {counts}, {tests} test images")
+    images = f"{class_counts.sum()} training images in {counts}, {tests} test images"
+    cli.say(f"{args.dataset}: {images}, of {size} pixels a side")
 
 
 def find_list(args, option, default=None):
     """The list file that `option` names, maybe in --data-dir, or the data set's own."""
     given = getattr(args, option)
     places = [Path(given), Path(args.data_dir, given)] if given else [Path(args.data_dir, default)]
-    there = f"{cli.flag(option)} {given or places[0]}"
+    there, where = f"{cli.flag(option)} {given}", f"--data-dir {args.data_dir}"
     if args.dataset not in cli.OF_LISTS:
         cli.fail(f"{there}: is for data sets of list files, not for --dataset {args.dataset}; leave it out")
     for file in places:
         if file.is_file():
             return file
-    cli.fail(f"{there}: no such list file, nor in --data-dir {args.data_dir}; put it there or name another")
+    if given:
+        cli.fail(f"{there}: no such list file, nor in {where}; put it there or name another")
+    cli.fail(f"{where}: holds no {default}; put it there (README: Data), or name it by {cli.flag(option)}")
 
 
-def load_list(args, option):
-    """The images of the list file that `option` names; at least one of every class."""
-    images = read(dataclasses.replace(args, test_list=str(find_list(args, option))))[1]
-    images = images.subset(np.arange(len(images)))  # with class counts of its own
-    missing = (images.class_counts == 0).nonzero()
+def read_another(args, option, all_names, classes):
+    """(paths, labels) of the list file that `option` names; labels count `classes`, with an image of each."""
+    paths, labels = read_list(find_list(args, option), len(all_names))
+    missing = np.setdiff1d(classes, labels)
     if len(missing):
         there = f"{cli.flag(option)} {getattr(args, option)}"
-        cli.fail(f"{there}: names no image of class {missing[0].item()}; give a list with images of each")
+        cli.fail(f"{there}: names no image of class {missing[0]}; give a list with images of each")
+    kept = np.flatnonzero(np.isin(labels, classes))
+    return [paths[i] for i in kept], np.searchsorted(classes, labels[kept])
+
+
+def load_list(args, option, train_set):
+    """The images of the list file that `option` names, as those of `train_set`; some of each class."""
+    paths, labels = read_another(args, option, train_set.all_names, train_set.classes)
+    images, labels = copy.copy(train_set), torch.from_numpy(labels)
+    if isinstance(train_set, ImageFiles):
+        own = dict(labels=labels, paths=np.array(list(map(os.fsencode, paths))))
+    else:
+        own = train_set.stored(
+            [(None, read_all(Path(args.data_dir), paths, train_set.shape[-1]))], labels, None
+        )
+    for name, value in own.items():
+        setattr(images, name, value)
+    images.class_counts, images.listed = torch.bincount(labels), hash_of(paths)
     return images
+
+
+def hash_of(paths):
+    return hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()
 
 
 def read(args):
@@ -639,7 +667,7 @@ def find_files(args):
             cli.fail(f"--data-dir {root}: no such folder; it should hold {held} (README: Data)")
         names, statistics, (paths, labels), test = read(root, args)
     except OSError as e:
-        cli.fail(f"{e.filename}: cannot be read ({e.strerror}); mend that")
+        cli.fail(f"{e.filename or root}: cannot be read ({e.strerror}); mend that")
     if args.imbalance and args.dataset in LISTS:
         cli.fail(f"--imbalance {args.imbalance:g}: {args.dataset} is a fixed list; leave the option out")
     trained = np.bincount(labels, minlength=len(names)) > 0
@@ -681,14 +709,14 @@ def load_files(args):
         sets = tuple(ImageFiles(root, *part, *facts, **options) for part in parts)
     for part, of in zip(sets, (paths, test_paths), strict=True):
         part.all_names, part.classes = all_names, classes
-        part.listed = hashlib.sha256(b"\0".join(map(os.fsencode, of))).hexdigest()
+        part.listed = hash_of(of)
     return sets
 
 
 def check(args):
     """--check-data: names the first images that are missing, in both parts or, with --decode, broken.
 
-    Fails if there are such. Says what `load` would say.
+    Fails if there are such. An image in both parts is one file or, with --decode, also a copy of it.
     """
     if args.dataset not in ("image_folder", *cli.OF_LISTS):
         if args.check_data:
@@ -697,19 +725,24 @@ def check(args):
     root, names, classes, _, (paths, labels), (test_paths, _) = find_files(args)
     lists = {field.name for field in dataclasses.fields(args) if field.name.endswith("_list")}
     others = [name for name in lists - {"train_list", "test_list"} if getattr(args, name)]
-    more = [read_list(find_list(args, name), len(names))[0] for name in others]
-    every, both = list(dict.fromkeys(itertools.chain(paths, test_paths, *more))), set(paths) & set(test_paths)
+    more = [read_another(args, name, names, classes)[0] for name in others]
+    every = list(dict.fromkeys(itertools.chain(paths, test_paths, *more)))
 
-    def problem(path):
+    def look(path):  # (what is wrong, what the file is known by)
         try:
             if args.decode or not (root / path).is_file():
                 read_pixels(root / path)
+            content = (root / path).read_bytes() if args.decode else b""
+            return None, hashlib.sha256(content).digest() if args.decode else os.path.realpath(root / path)
         except OSError as e:
-            return str(e)
+            return str(e), None
 
     with ThreadPoolExecutor() as pool:
-        found = tqdm(pool.map(problem, every), "checking", len(every), leave=False, disable=None)
-        problems = [one for one in found if one]
+        looked = tqdm(pool.map(look, every), "checking", len(every), leave=False, disable=None)
+        found = dict(zip(every, looked, strict=True))
+    problems = [problem for problem, _ in found.values() if problem]
+    trained = {found[path][1] for path in paths} - {None}
+    both = {path for path in test_paths if found[path][1] in trained}
     if problems or both:
         missing = sum(": no such image" in one for one in problems)
         counts = f"{missing} missing, {len(problems) - missing} broken, {len(both)} for training and test"
@@ -719,7 +752,7 @@ def check(args):
     size = args.image_size or native_size(root / paths[0])
     refuse_misfits(args, len(paths), len(classes), (3, size, size))
     if args.check_data:
-        tell(args, np.bincount(labels), len(test_paths))
+        tell(args, np.bincount(labels), len(test_paths), size)
     cli.say(f"all {len(every)} images are there" + " and can be read" * args.decode)
 
 
@@ -729,7 +762,7 @@ def native_size(path):
         width, height = read_image(path).size
     except OSError as e:
         cli.fail(e)
-    return width if width == height <= IN_MEMORY_SIZE else 224
+    return width if 8 <= width == height <= IN_MEMORY_SIZE else 224
 
 
 def read_all(root, paths, size):
@@ -759,15 +792,18 @@ def read_folders(root, args):
             cli.fail(
                 f"--data-dir {root}: needs train/CLASS/ and test/CLASS/ (or val/CLASS/); there is no {part}"
             )
-        classes.append(sorted(e.name for e in part.iterdir() if e.is_dir() and e.name[0] != "."))
+        entries = [entry for entry in part.iterdir() if entry.name[0] != "."]
+        for entry in entries:
+            if not entry.exists():
+                cli.fail(f"{entry}: is a link to what is not there; mend it")
+        classes.append(sorted(entry.name for entry in entries if entry.is_dir()))
         if not classes[-1]:
             cli.fail(f"{part}: holds no class folder; put the images into {part}/CLASS/")
     for here, there in ((0, 1), (1, 0)):
         lacking = sorted(set(classes[here]) - set(classes[there]))
         if lacking:
-            cli.fail(
-                f"{parts[there]}: lacks {len(lacking)} classes of {parts[here]}: {', '.join(lacking[:3])}"
-            )
+            what = f"lacks {len(lacking)} classes of {parts[here]}: {', '.join(lacking[:3])}"
+            cli.fail(f"{parts[there]}: {what}; make a folder of that name, be it empty")
     listed = []
     for part in parts:
         files = [sorted(f.name for f in (part / name).iterdir() if f.name[0] != ".") for name in classes[0]]
@@ -804,22 +840,28 @@ def read_list(file, classes=None):
             label_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
             entries = [(e["id"], [e["file_name"], label_of.get(e["id"], "none")]) for e in content["images"]]
         else:
-            lines = enumerate(text.splitlines(), 1)
+            lines = enumerate(text.split("\n"), 1)
             entries = [(number, line.rsplit(maxsplit=1)) for number, line in lines if line.strip()]
-        if any("\0" in path for _, (path, *_) in entries):
+        if any(b"\0" in os.fsencode(path) for _, (path, *_) in entries):
             raise ValueError("a NUL byte")
+    except OSError as e:
+        cli.fail(f"{file}: cannot be read ({e.strerror}); mend that")
     except (ValueError, KeyError, TypeError) as e:
         cli.fail(f"{file}: not a list file in UTF-8 or a JSON file with images and annotations ({e})")
     for number, (path, *label) in entries:
         try:
             labels.append(int(label[0]))
-            paths.append(os.path.normpath(path.strip()))  # ./a.jpg is a.jpg
+            paths.append(str(Path(path.strip())))  # ./a.jpg is a.jpg
         except (IndexError, ValueError):
-            cli.fail(f"{file}:{number}: no label after {path!r}; a line is `relative/path label`")
+            what = f"label {label[0]!r} is no integer" if label else f"no label after {path!r}"
+            cli.fail(f"{file}:{number}: {what}; a line is `relative/path label`")
         if not 0 <= labels[-1] < end:
             cli.fail(f"{file}:{number}: label {labels[-1]} is out of range; labels are 0 to {end - 1}")
     if not paths:
         cli.fail(f"{file}: names no image; a line is `relative/path label`")
+    twice = len(paths) - len(set(paths))
+    if twice:
+        cli.say(f"note: {file}: {twice} lines name an image that is named before")
     return paths, np.array(labels)
 
 

@@ -94,6 +94,8 @@ class LeNet(Network):
     """LeNet with a 2-dimensional feature, so that features can be drawn. Made for 28x28 images."""
 
     def __init__(self, channels, size, classifier):
+        if size < 12:
+            cli.fail(f"--arch lenet: images of {size} pixels are too small; raise --image-size to 12 or more")
         conv = [
             nn.Conv2d(channels, 6, 5, padding=2),
             nn.ReLU(),
@@ -157,6 +159,12 @@ def seeded(seed):
         yield
 
 
+def check_name(arch):
+    """Stops with one line where there is no such network."""
+    if arch not in NAMES:
+        cli.fail(f"--arch {arch}: must be one of {', '.join(NAMES)}{cli.nearest(arch, NAMES)}")
+
+
 def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None, pretrained=False, narrow=1.0):
     """The network `arch` for images of `shape` (C, H, W); `seed` alone decides its first weights.
 
@@ -165,8 +173,7 @@ def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None, pretrained
     pretrained: the backbone starts from torchvision's ImageNet weights.
     narrow: a factor on the channels of a ResNet's last two stages (RIDE's experts).
     """
-    if arch not in NAMES:
-        cli.fail(f"--arch {arch}: must be one of {', '.join(NAMES)}")
+    check_name(arch)
     if pretrained and arch not in IMAGENET:
         cli.fail(f"--pretrained: there are no ImageNet weights for --arch {arch}; use --no-pretrained")
     channels, size, _ = shape

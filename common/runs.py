@@ -33,7 +33,7 @@ from accelerate.utils import broadcast_object_list
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import cli, datasets
+from common import cli, datasets, models
 from common.evaluation import ACCURACIES
 
 # Options that may change on resuming: they train nothing.
@@ -50,7 +50,8 @@ def start(accelerator, args, epochs=None):
     """The Run of `args`, of `epochs` (all stages; default args.epochs). Refuses at once what cannot work."""
     is_command = type(args).__module__ == "__main__"  # and not called from Python
     if is_command:
-        end_at_signals(lambda: "nothing was begun")
+        end_at_signals(lambda: "nothing was trained")
+    models.check_name(args.arch)
     if args.check_data or args.dry_run:
         datasets.check(args)
     if args.check_data:
@@ -106,6 +107,7 @@ class Run:
         self.history, self.per_class, self.tracked, self.recorded = [], {}, {}, {}
         self.commit = commit()  # of the code that runs, whatever is checked out later
         self.checkpoint = self.look()
+        self.data = (self.checkpoint or {}).get("data")
         if args.dry_run:  # in a folder of its own
             self.temporary = tempfile.TemporaryDirectory()  # gone with this process, too
             self.folder, self.checkpoint = Path(broadcast_object_list([self.temporary.name])[0]), None
@@ -123,8 +125,8 @@ class Run:
         if self.args.dry_run:
             self.temporary.cleanup()
             return "of a dry run nothing is kept"
-        saved = sorted((self.folder / "checkpoint").glob("epoch_[0-9]*.json"))
-        kept = f"goes on after epoch {int(saved[-1].stem[6:]) + 1}" if saved else "has no epoch to go on from"
+        saved = epochs_in(self.folder / "checkpoint")
+        kept = f"goes on after epoch {saved[-1] + 1}" if saved else "has no epoch to go on from"
         return f"--resume {kept}"
 
     def explain(self, kind, error, trace):
@@ -149,11 +151,12 @@ class Run:
         """The checkpoint to go on from, or None for a new run; refuses a folder that fits neither."""
         args, folder = self.args, self.folder
         if args.resume == "no":
-            used = [*self.files, *(folder / "checkpoint").glob("epoch_[0-9]*.json")]
-            if not args.overwrite and any(file.exists() for file in used):
-                cli.fail(
+            used = any(file.exists() for file in self.files) or epochs_in(folder / "checkpoint")
+            if used and not args.overwrite:
+                line = (
                     f"--output-dir {folder}: in use; add --resume to go on or --overwrite to delete its run"
                 )
+                cli.say(f"note: {line}") if args.dry_run else cli.fail(line)
             there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             if not (there.is_dir() and os.access(there, os.W_OK)):
                 cli.fail(
@@ -162,7 +165,7 @@ class Run:
             return None
         checkpoint = load_checkpoint(folder / "checkpoint")
         if checkpoint is None:
-            if self.files[2].exists() or any((folder / "checkpoint").glob("epoch_[0-9]*.json")):
+            if self.files[2].exists() or epochs_in(folder / "checkpoint"):
                 cli.fail(
                     f"--resume: no whole checkpoint in {folder}; --overwrite instead deletes what it holds"
                 )
@@ -191,16 +194,21 @@ class Run:
         processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
         return {"script": self.script, "args": args, "num_processes": processes, "precision": precision}
 
-    def set_data(self, train_set, test_set):
-        """Keep in checkpoints and result what the data are. Those of a resumed run have to be its own."""
+    def set_data(self, train_set, test_set, *others):
+        """Keep in checkpoints and result what the data are. Those of a resumed run have to be its own, and
+        the training images those of --stage1.
+        """
         self.all_names, self.classes = train_set.all_names, train_set.classes
         counts = f"{len(self.classes)} classes, {len(train_set)} training and {len(test_set)} test images"
-        self.data = {"counts": counts, "sha256": [train_set.sha256(), test_set.sha256()]}
-        then = (self.checkpoint or {}).get("data", self.data)
-        if then != self.data:
-            others = then["counts"] if then["counts"] != counts else "others of these numbers"
-            given = f"--data-dir {self.args.data_dir}: {counts}; the run in {self.folder} has {others}"
+        hashes = [part.sha256() for part in (train_set, test_set, *others)]
+        then, self.data = self.data, {"counts": counts, "sha256": hashes}
+        if then and then != self.data:
+            has = then["counts"] if then["counts"] != counts else "others of these numbers"
+            given = f"the data are {counts}, but the run in {output_folder(self.args)} has {has}"
             cli.fail(f"--resume: {given}; give it its own, or another --output-dir")
+        stage1 = getattr(self.args, "stage1", None)
+        if stage1 and read_result(stage1).get("data_sha256", hashes)[0] != hashes[0]:
+            cli.fail(f"--stage1 {stage1}: its run had other training images; give the same data")
 
     def of_all_classes(self, name, values):
         """`values`; those of each class, [K], as the name tells, with None or no images where left out."""
@@ -331,7 +339,8 @@ class Run:
         for name, thing in self.tracked.items():
             thing.load_state_dict(state[name])
         if not self.steps_per_epoch:  # all but the test is one
-            self.steps_per_epoch, self.step_seconds = 1, time.perf_counter() - self.begun - first - testing
+            tested = first + testing * (batches > 1)
+            self.steps_per_epoch, self.step_seconds = 1, time.perf_counter() - self.begun - tested
         steps = self.steps_per_epoch
         seconds = len(self.stage) * (steps * self.step_seconds + first + (batches - 1) * testing)
         self.lasting.append(seconds)
@@ -450,7 +459,8 @@ def read_result(folder):
         result = json.loads(Path(folder, "result.json").read_text())
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) and "args" in result else None
+    facts = result if isinstance(result, dict) else {}
+    return result if isinstance(facts.get("args"), dict) and "weights_sha256" in facts else None
 
 
 def read_finished(folder):
@@ -567,21 +577,30 @@ def save_checkpoint(folder, epoch, content):
     manifest = {"size": len(buffer.getbuffer()), "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest()}
     write_file(folder / f"epoch_{epoch:04d}.pt", buffer.getbuffer())
     write_file(folder / f"epoch_{epoch:04d}.json", json.dumps(manifest))
-    for file in folder.glob("epoch_[0-9]*"):
-        if int(file.name[6:10]) < epoch - 1:
+    for file in folder.glob("epoch_*"):
+        number = re.match(r"epoch_(\d+)\.", file.name)
+        if number and int(number[1]) < epoch - 1:
             file.unlink()
+
+
+def epochs_in(folder):
+    """The 0-based epochs of the checkpoints in `folder`, ascending."""
+    names = [re.fullmatch(r"epoch_(\d+)\.json", file.name) for file in folder.glob("epoch_*.json")]
+    return sorted(int(name[1]) for name in names if name)
 
 
 def load_checkpoint(folder):
     """The newest checkpoint that its manifest confirms, or None. Says so when a newer one is damaged."""
-    for manifest in sorted(folder.glob("epoch_[0-9]*.json"), reverse=True):
-        file = manifest.with_suffix(".pt")
+    for epoch in reversed(epochs_in(folder)):
+        manifest, file = (folder / f"epoch_{epoch:04d}.{kind}" for kind in ("json", "pt"))
         try:
             facts, content = json.loads(manifest.read_text()), file.read_bytes()
             if len(content) == facts["size"] and hashlib.sha256(content).hexdigest() == facts["sha256"]:
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             problem = "differs from its manifest"
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (KeyError, TypeError):
+            problem = f"{manifest.name} is no manifest"
+        except (OSError, ValueError) as e:
             problem = str(e)
         cli.say(f"note: {file}: damaged ({problem}); going back to the checkpoint before it")
     return None

@@ -588,6 +588,17 @@ def new_set(tmp_path, train_set, args, index=0, count=1):
     return bag.with_new_images(run, network, train_set, args)
 
 
+def test_a_dry_run_makes_one_batch(tmp_path, monkeypatch):
+    """Which stands for all of them: there are as many steps as in the run."""
+    made, change = [], bag.transform
+    monkeypatch.setattr(
+        bag, "transform", lambda net, images, *of: made.append(len(images)) or change(net, images, *of)
+    )
+    whole = new_set(tmp_path, pool_of([20, 8, 4]), options(generate="cam", batch_size=8, dry_run=True))
+    assert made == [8, 8] and len(whole) == 72  # eight are drawn
+    assert whole.class_counts.sum() == 72 and whole.padded[32:40].equal(whole.padded[64:])
+
+
 def test_the_set_with_new_images(tmp_path):
     train_set = pool_of([20, 8, 4])
     args = options(generate="cam", batch_size=8)
@@ -794,7 +805,7 @@ def test_new_images_are_made_with_the_network_of_stage_1(tmp_path):
 @pytest.mark.parametrize(
     "moment", ["2:5", *(pytest.param(at, marks=pytest.mark.slow) for at in ("1:5", "3:5"))]
 )
-def test_killed_in_each_stage(moment, processes, tmp_path):
+def test_killed_in_later_stages(moment, processes, tmp_path):
     """The first and the second epoch of stage 2, stage 3: as if unbroken, bit for bit."""
     long = {**SMALL, "epochs": 1, "stage2_epochs": 2, "stage3_epochs": 1}
 

@@ -530,7 +530,7 @@ def test_killed_in_stage_2(tmp_path, stage1, meta):
     assert resumed["weights_sha256"] == unbroken["weights_sha256"] and resumed[name] == unbroken[name]
 
 
-def test_class_balanced_images_of_a_list(tmp_path, jpeg_lists, monkeypatch):
+def test_class_balanced_images_of_a_list(tmp_path, jpeg_lists, monkeypatch, capsys):
     """They are of the list, not augmented; the sampler's are training images."""
     seen, make_sampler = [], bms.make_sampler
 
@@ -542,6 +542,12 @@ def test_class_balanced_images_of_a_list(tmp_path, jpeg_lists, monkeypatch):
     options = dict(jpeg_lists, meta_list=str(tmp_path / "dev.txt"), num_workers=0, meta_batch_size=6)
     bms.main(tiny(tmp_path, **{**options, "epochs": 2}))
     assert seen == [(60, "instance", True), (60, "instance", True), (6, "class", False)]
+    lines = (tmp_path / "dev.txt").read_text()
+    (tmp_path / "dev.txt").write_text(lines.replace("class 0/1.jpg", "class 0/2.jpg"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        bms.main(tiny(tmp_path, **{**options, "epochs": 2, "resume": "yes"}))
+    assert "has others of these numbers; give it its own" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_list_that_does_not_fit(tmp_path, jpeg_lists, capsys):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+import balanced_meta_softmax
 import decoupled_crt
 from common import cli, datasets, evaluation, models, runs
 from decoupled_crt import Args
@@ -548,6 +549,23 @@ def test_stage_1_with_another_network(tmp_path, capsys):
     line = refusal(lambda: decoupled_crt.main(tiny(tmp_path, stage1=str(tmp_path / "bbn"))), capsys)
     names = "cmo.py, decoupled_crt.py, balanced_meta_softmax.py"
     assert line.endswith(f"/bbn: a run of bbn.py; use one of {names}")
+
+
+def test_stage_1_of_other_data(tmp_path, jpegs, capsys):
+    """Of as many images, or of the same ones in another order of classes."""
+    given = {**jpegs, "image_size": 16, "arch": "resnet8"}
+    decoupled_crt.main(tiny(tmp_path, "joint", classifier="joint", **given))
+    old, new = (tmp_path / "data" / "train" / "class 0" / name for name in ("0.jpg", "new.jpg"))
+    old.rename(new)
+    for script in (decoupled_crt, balanced_meta_softmax):
+        args = script.Args(
+            **{**TINY, **given}, stage1=str(tmp_path / "joint"), output_dir=str(tmp_path / "two")
+        )
+        with pytest.raises(SystemExit) as stop:
+            script.main(args)
+        line = capsys.readouterr().err.splitlines()[-1]
+        had = f"--stage1 {tmp_path}/joint: its run had other training images"
+        assert stop.value.code == 2 and line == f"{had}; give the same data"
 
 
 def test_stage_1_is_not_overwritten(tmp_path, stage1, capsys, monkeypatch):

@@ -144,7 +144,7 @@ def test_signal_before_a_run(tmp_path):
     )
     done = launch("cmo.py", env=env, check_data=True)
     assert done.returncode == 130 and done.stdout == ""
-    assert said(done) == ["stopped by SIGINT; nothing was begun"]
+    assert said(done) == ["stopped by SIGINT; nothing was trained"]
 
 
 def test_dry_run_of_two_processes(tmp_path):

@@ -176,6 +176,7 @@ def test_dry_run(script, tmp_path, jpegs, capsys):
     assert run_here(script, **given)["seconds"] > 0
     done = capsys.readouterr()
     assert done.out == "" and done.err.splitlines()[0] == "all 69 images are there"
+    assert "drew" not in done.err and "head_b learned nothing" not in done.err
     assert done.err.splitlines()[-1].startswith("--dry-run: the whole run would take about ")
     assert not (tmp_path / "run").exists()
 
@@ -201,7 +202,9 @@ def test_images_from_files(script, tmp_path, jpegs, capsys):
     def run(name, workers):
         return run_here(script, **options(script, tmp_path / name, **jpegs, num_workers=workers))
 
-    assert run("none", 0)["weights_sha256"] == run("two", 2)["weights_sha256"]
+    none, two = run("none", 0), run("two", 2)
+    assert none["weights_sha256"] == two["weights_sha256"]
+    assert none["data_sha256"] == two["data_sha256"] and len(set(none["data_sha256"][:2])) == 2
     (tmp_path / "data" / CORRUPT).write_bytes(b"no image")
     with pytest.raises(SystemExit) as stop:
         run("corrupt", 0)

@@ -70,6 +70,11 @@ def test_kinds():
         ("--resume maybe", "--resume maybe: must be one of no, yes, auto"),
         ("--lr-steps 4 -5", "--lr-steps -5: must be at least 0"),
         ("--seed", "--seed: expected one argument"),
+        (f"--seed {2**64}", f"--seed {2**64}: must be at most {2**32}"),
+        (
+            "--many-over 10 --few-under 12",
+            "--many-over 10, --few-under 12: a class would be both many- and few-shot; lower the second",
+        ),
         (
             "--resume auto --overwrite",
             "--overwrite: deletes the run that --resume goes on with; leave one of them out",

@@ -409,7 +409,10 @@ def test_small_images_are_kept_in_memory(folder):
     assert datasets.load(folder_args(folder, image_size=32))[0].shape == (3, 32, 32)
 
 
-def test_native_size(folder):
+def test_native_size(folder, capsys):
+    assert datasets.load(folder_args(folder))[0].shape == (3, 224, 224)
+    assert capsys.readouterr().err.endswith(", 4 test images, of 224 pixels a side\n")
+    Image.new("RGB", (7, 7)).save(folder / "train" / "class 0" / "a.png")  # not to be trained on
     assert datasets.load(folder_args(folder))[0].shape == (3, 224, 224)
     for path in folder.glob("t*/*/*"):
         with Image.open(path) as image:
@@ -438,6 +441,12 @@ def test_val_serves_as_test(folder, capsys):
     assert line.endswith(f"needs train/CLASS/ and test/CLASS/ (or val/CLASS/); there is no {folder}/test")
 
 
+def test_links_to_nowhere_are_no_classes(folder, capsys):
+    (folder / "train" / "class 2").symlink_to(folder / "nowhere")
+    line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
+    assert line == f"{folder}/train/class 2: is a link to what is not there; mend it"
+
+
 def test_hidden_folders_are_no_classes(folder):
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     assert datasets.load(folder_args(folder))[0].class_names == ["class 0", "class 1"]
@@ -462,19 +471,30 @@ def write_lists(folder):
     )
 
 
-def test_paths_of_a_list(folder, capsys):
+def test_paths_of_a_list(folder, capsys, monkeypatch):
     """A list in --data-dir, with a byte order mark; ./a.jpg is a.jpg."""
     options, file = write_lists(folder), folder / "train.txt"
     plain = datasets.read_list(file)
-    file.write_bytes(b"\xef\xbb\xbf./" + file.read_bytes().replace(b"class 1/", b"../train//class 1/"))
+    file.write_bytes(b"\xef\xbb\xbf./" + file.read_bytes().replace(b"class 1/", b".//class 1/"))
     paths, labels = datasets.read_list(file)
     assert paths == plain[0] and labels.tolist() == plain[1].tolist()
     assert paths[0].startswith("train/class 0/")
     here = {**options, "train_list": "train.txt", "test_list": "test.txt"}
     assert len(datasets.load(folder_args(folder, **here))[0]) == 9
+    (folder / "elsewhere").mkdir()  # the working folder comes first
+    (folder / "elsewhere" / "test.txt").write_text("test/class 0/ein Bild für 0.jpg 0")
+    monkeypatch.chdir(folder / "elsewhere")
+    assert len(datasets.load(folder_args(folder, **here))[1]) == 1
     capsys.readouterr()
     line = refusal(lambda: datasets.load(folder_args(folder, **{**here, "test_list": "tset.txt"})), capsys)
     assert line.startswith(f"--test-list tset.txt: no such list file, nor in --data-dir {folder}; ")
+
+
+def test_a_path_that_is_no_text(tmp_path, capsys):
+    content = '{"images": [{"id": 1, "file_name": "\\ud800.jpg"}], "annotations": []}'
+    (tmp_path / "train.json").write_text(content)
+    line = refusal(lambda: datasets.read_list(tmp_path / "train.json"), capsys)
+    assert line.startswith(f"{tmp_path}/train.json: not a list file in UTF-8 or a JSON file with")
 
 
 def test_a_label_that_is_a_mistake(folder, capsys):
@@ -511,7 +531,7 @@ def test_competition_json(tmp_path):
     "lines, complaint",
     [
         ("a.jpg 0\nb.jpg", "list.txt:2: no label after 'b.jpg'; a line is `relative/path label`"),
-        ("a.jpg 0\nb.jpg x", "list.txt:2: no label after 'b.jpg'; a line is `relative/path label`"),
+        ("a.jpg 0\nb.jpg 1.0", "list.txt:2: label '1.0' is no integer; a line is `relative/path label`"),
         ("a.jpg -1", "list.txt:1: label -1 is out of range; labels are 0 to 4"),
         ("a.jpg -100", "list.txt:1: label -100 is out of range; labels are 0 to 4"),
         ("a.jpg 4\n\nb.jpg 5", "list.txt:3: label 5 is out of range; labels are 0 to 4"),
@@ -539,7 +559,8 @@ def test_wrong_json(tmp_path, capsys, text):
 def test_missing_lists_and_folders(tmp_path, capsys, dataset):
     args = Args(dataset=dataset, data_dir=str(tmp_path), imbalance=None)
     line = refusal(lambda: datasets.load(args), capsys)
-    assert line.startswith(f"--train-list {tmp_path}/{datasets.LISTS[dataset][0]}: no such list file")
+    named = f"{datasets.LISTS[dataset][0]}; put it there (README: Data), or name it by --train-list"
+    assert line == f"--data-dir {tmp_path}: holds no {named}"
     args.data_dir = str(tmp_path / "nowhere")
     line = refusal(lambda: datasets.load(args), capsys)
     assert line.startswith(f"--data-dir {tmp_path}/nowhere: no such folder")
@@ -567,10 +588,11 @@ def test_download_that_fails(tmp_path, capsys, monkeypatch):
 def test_classes_on_one_side_only(folder, capsys):
     (folder / "train" / "class 1").rename(folder / "train" / "klass")
     line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
-    assert line == f"{folder}/test: lacks 1 classes of {folder}/train: klass"
+    remedy = "make a folder of that name, be it empty"
+    assert line == f"{folder}/test: lacks 1 classes of {folder}/train: klass; {remedy}"
     (folder / "test" / "klass").mkdir()
     line = refusal(lambda: datasets.load(folder_args(folder)), capsys)
-    assert line == f"{folder}/train: lacks 1 classes of {folder}/test: class 1"
+    assert line == f"{folder}/train: lacks 1 classes of {folder}/test: class 1; {remedy}"
 
 
 def test_folders_that_are_no_image_folder(tmp_path, capsys):
@@ -609,6 +631,17 @@ def test_empty_classes_can_be_left_out(folder, capsys):
         assert [path.decode()[:14] for path in test.paths] == ["test/class 0/e"] * 2 + ["test/class 2/e"] * 2
     args = folder_args(folder, allow_empty_classes=True, imbalance=2.0)
     assert datasets.load(args)[0].class_counts.tolist() == [6, 3]
+    before = datasets.load(args)[0].sha256()
+    capsys.readouterr()
+    args.few_classes = 3
+    for call in (datasets.load, datasets.check):
+        assert refusal(lambda of=call: of(args), capsys).startswith(
+            "--few-classes 3: there are only 2 classes"
+        )
+    args.few_classes = None
+    for part in ("train", "test"):  # another class is left out, and the same images are there
+        (folder / part / "class 1").rename(folder / part / "class 3")
+    assert datasets.load(args)[0].sha256() != before
 
 
 @pytest.mark.parametrize("call", [datasets.load, datasets.check])
@@ -648,12 +681,36 @@ def test_images_in_both_parts_are_told(folder, capsys):
     ]
 
 
+def test_copies_in_both_parts_are_told(folder, capsys):
+    """A link to a training image, and with --decode a copy of one; not one that is twice in a part."""
+    train, test = folder / "train" / "class 0", folder / "test" / "class 0"
+    (test / "link.jpg").symlink_to(train / "ein Bild für 0.jpg")
+    shutil.copy(train / "ein Bild für 1.jpg", test / "copy.jpg")
+    shutil.copy(train / "ein Bild für 2.png", train / "again.png")
+    for decode, named in ((False, ["link"]), (True, ["copy", "link"])):
+        with pytest.raises(SystemExit):
+            datasets.check(folder_args(folder, check_data=True, decode=decode))
+        *lines, last = capsys.readouterr().err.splitlines()
+        assert lines == [f"test/class 0/{name}.jpg: for training and test" for name in named]
+        assert last == f"--check-data: of 16 images 0 missing, 0 broken, {len(named)} for training and test"
+
+
+def test_images_named_twice_are_told(folder, capsys):
+    options = write_lists(folder)
+    with open(options["train_list"], "a") as file:
+        file.write("\n./train/class 0/ein Bild für 0.jpg 1\ntrain/class 0/ein\u2028 Bild.jpg 1")
+    paths, _ = datasets.read_list(options["train_list"])
+    assert len(paths) == 11 and paths[-1] == "train/class 0/ein\u2028 Bild.jpg"
+    note = f"note: {options['train_list']}: 1 lines name an image that is named before\n"
+    assert capsys.readouterr().err == note
+
+
 def test_missing_images_are_counted(jpegs, jpeg_lists, tmp_path, capsys):
     """Of lists of 69 images first 3, then 36; a folder is no image."""
     args = Args(**jpeg_lists, check_data=True)
     datasets.check(args)
     assert capsys.readouterr().err.splitlines() == [
-        "image_list: 60 training images in 3 classes of 20 to 20, 9 test images",
+        "image_list: 60 training images in 3 classes of 20 to 20, 9 test images, of 72 pixels a side",
         "all 69 images are there",
     ]
     files = [tmp_path / "data" / part for part in open(args.train_list).read().split("\n")]
@@ -699,13 +756,13 @@ def test_broken_images_are_counted(jpegs, tmp_path, capsys):
 def test_lists_of_a_script_are_checked(jpeg_lists, tmp_path, capsys):
     import meta_weights
 
-    line = (tmp_path / "dev.txt").read_text().splitlines()[0]
-    (tmp_path / "dev.txt").write_text(line.replace("/0.jpg", "/gone.jpg"))
+    text = (tmp_path / "dev.txt").read_text()
+    (tmp_path / "dev.txt").write_text(text.replace("class 0/0.jpg", "class 0/gone.jpg"))
     args = meta_weights.Args(**jpeg_lists, dev_list=str(tmp_path / "dev.txt"), check_data=True)
     with pytest.raises(SystemExit):
         datasets.check(args)
     assert capsys.readouterr().err.splitlines()[-1].startswith("--check-data: of 70 images 1 missing")
-    (tmp_path / "dev.txt").write_text(line.rpartition(" ")[0] + " 3")
+    (tmp_path / "dev.txt").write_text(text[:-1] + "3")
     assert refusal(lambda: datasets.check(args), capsys).endswith(
         "label 3 is out of range; labels are 0 to 2"
     )
@@ -727,7 +784,7 @@ def test_what_loading_would_refuse_is_checked(jpegs, capsys, options, complaint)
     assert refusal(lambda: datasets.load(args), capsys) == line
 
 
-def test_labels_of_other_lists_count_classes_that_are_left_out(jpeg_lists, tmp_path):
+def test_labels_of_other_lists_count_classes_that_are_left_out(jpeg_lists, tmp_path, capsys):
     import meta_weights
 
     for name in ("train", "test", "dev"):
@@ -737,7 +794,18 @@ def test_labels_of_other_lists_count_classes_that_are_left_out(jpeg_lists, tmp_p
     args = meta_weights.Args(**jpeg_lists, dev_list=str(tmp_path / "dev.txt"), check_data=True)
     args.allow_empty_classes = True
     datasets.check(args)
-    assert datasets.load_list(args, "dev_list").class_counts.tolist() == [2, 2, 2]
+    train_set, _ = datasets.load(args)
+    dev_set = datasets.load_list(args, "dev_list", train_set)
+    assert dev_set.class_counts.tolist() == [2, 2, 2] and dev_set.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    file.write_text("train/class 0/0.jpg 0\ntest/class 0/0.jpg 1\ntrain/class 1/0.jpg 4\n")
+    capsys.readouterr()
+    for call in (lambda: datasets.check(args), lambda: datasets.load_list(args, "dev_list", train_set)):
+        line = refusal(call, capsys)
+        assert line == f"--dev-list {file}: names no image of class 2; give a list with images of each"
+    file.write_text("".join(f"train/class 0/{k}.jpg {k}\n" for k in range(5)))  # and of others
+    assert datasets.load_list(args, "dev_list", train_set).paths.tolist() == [
+        b"train/class 0/%d.jpg" % k for k in (0, 2, 4)
+    ]
 
 
 def test_what_a_data_set_is_known_by(jpegs, jpeg_lists, tmp_path):
@@ -760,7 +828,7 @@ def test_what_a_data_set_is_known_by(jpegs, jpeg_lists, tmp_path):
 @pytest.mark.parametrize("mode, name", [("I;16", "x.png"), ("I;16", "x.tif"), ("F", "x.tif")])
 def test_more_than_eight_bits_are_not_cut_off(tmp_path, mode, name):
     Image.new(mode, (4, 4)).save(tmp_path / name)
-    with pytest.raises(OSError, match=f"{name}: not readable as an image .more than 8 bits a pixel; "):
+    with pytest.raises(OSError, match=f"{name}: not readable as an image .more than 8 bits a channel; "):
         datasets.read_pixels(tmp_path / name)
 
 
@@ -1072,10 +1140,19 @@ def test_another_list(tmp_path, jpeg_lists, capsys):
     """Found where it is said to be or in --data-dir."""
     (tmp_path / "data" / "other.txt").write_text((tmp_path / "dev.txt").read_text())
     for file in (tmp_path / "dev.txt", "other.txt"):
-        images = datasets.load_list(Args(**{**jpeg_lists, "test_list": str(file)}), "test_list")
-        assert images.class_counts.tolist() == [2, 2, 2] and len(images) == 6
+        for size in (72, 32):
+            args = Args(**{**jpeg_lists, "test_list": str(file), "image_size": size})
+            train_set, test_set = datasets.load(args)
+            images = datasets.load_list(args, "test_list", train_set)
+            assert images.class_counts.tolist() == [2, 2, 2] and len(images) == 6
+            assert train_set.class_counts.tolist() == [20, 20, 20] and len(train_set) == 60
+            assert images.sha256() == test_set.sha256()
+            batches = [of.__getitems__([3, 5]) for of in (images, test_set)]
+            one, other = (batch.to("cpu") if size == 72 else batch for batch in batches)
+            assert one[0].equal(other[0]) and one[1].equal(other[1])
+    capsys.readouterr()
     lacking = Args(**{**jpeg_lists, "test_list": "nowhere.txt"})
-    line = refusal(lambda: datasets.load_list(lacking, "test_list"), capsys)
+    line = refusal(lambda: datasets.load_list(lacking, "test_list", train_set), capsys)
     assert line.startswith("--test-list nowhere.txt: no such list file, nor in --data-dir ")
 
 

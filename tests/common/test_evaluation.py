@@ -141,6 +141,35 @@ def test_calibration_error_by_hand():
     assert evaluation.calibration_error(torch.ones(3), torch.ones(3, dtype=torch.bool)) == 0
 
 
+def test_seconds_of_a_dry_run(monkeypatch):
+    """Of the first of two batches, which starts the loader, and of the second; with their predictions."""
+    now, read = [0.0], []
+
+    def loader():
+        for took in (5.0, 1.0, 1.0):
+            now[0] += took
+            read.append(took)
+            yield torch.zeros(2, 3), torch.tensor([0, 1])
+
+    class Batches:
+        def __iter__(self):
+            return loader()
+
+        def __len__(self):
+            return 9
+
+    class Slow(torch.nn.Module):
+        def forward(self, images):
+            now[0] += 0.25
+            return images
+
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: now[0])
+    facts = Accelerator(), Slow(), Batches(), [3, 3]
+    result = evaluation.per_split(*facts, Args(dry_run=True))
+    assert result["test_seconds"] == (5.25, 1.25, 9) and read == [5.0, 1.0] and result["all"] == 50
+    assert "test_seconds" not in evaluation.per_split(*facts, Args()) and len(read) == 5
+
+
 def test_every_image_counts_once():
     """A last batch that is not full, and BatchNorm's statistics left alone."""
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))

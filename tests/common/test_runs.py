@@ -110,7 +110,7 @@ def test_resuming_a_finished_run_repeats_its_result(finished, tmp_path, capsys):
     assert "epoch 2/2" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ['{"script', "[]"])
+@pytest.mark.parametrize("content", ['{"script', "[]", "{}", '{"args": {}}'])
 def test_a_damaged_result_is_made_up_for(finished, tmp_path, capsys, content):
     folder, result = finished
     (folder / "result.json").write_text(content)
@@ -298,7 +298,7 @@ def test_resume_with_other_data(tmp_path, jpegs, capsys):
             cmo.main(resumed)
         line = capsys.readouterr().err.splitlines()[-1]
         assert stop.value.code == 2 and line == (
-            f"--resume: --data-dir {data}: 3 classes, 60 training and 9 test images; {has} others of these "
+            f"--resume: the data are 3 classes, 60 training and 9 test images, but {has} others of these "
             "numbers; give it its own, or another --output-dir"
         )
         new.rename(old)
@@ -307,9 +307,11 @@ def test_resume_with_other_data(tmp_path, jpegs, capsys):
     with pytest.raises(SystemExit):
         cmo.main(resumed)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(
-        f"--resume: --data-dir {data}: 4 classes, 80 training and 12 test images; {has} 3 "
-    )
+    counts = "the data are 4 classes, 80 training and 12 test images"
+    assert line.startswith(f"--resume: {counts}, but {has} 3 classes, 60 training and 9 test images; ")
+    with pytest.raises(SystemExit):  # nor does a dry run go by them
+        cmo.main(tiny(tmp_path, **given, resume="yes", dry_run=True))
+    assert capsys.readouterr().err.splitlines()[-1] == line
 
 
 def test_classes_that_are_left_out_are_null(tmp_path, jpegs):
@@ -334,7 +336,16 @@ def test_classes_that_are_left_out_are_null(tmp_path, jpegs):
 
 
 def test_kept_is_the_last_checkpoint(finished, tmp_path):
+    (tmp_path / "run" / "checkpoint" / "epoch_0009_mine.json").write_text("")
     assert begin(tiny(tmp_path, resume="yes")).kept() == "--resume goes on after epoch 2"
+
+
+def test_more_than_ten_thousand_epochs(tmp_path):
+    (tmp_path / "epoch_best.pt").write_text("mine")
+    for epoch in (9998, 9999, 10000, 10001):
+        runs.save_checkpoint(tmp_path, epoch, {"state": {}, "epoch": epoch})
+        assert runs.load_checkpoint(tmp_path)["epoch"] == epoch
+    assert runs.epochs_in(tmp_path) == [10000, 10001] and len(list(tmp_path.iterdir())) == 5
 
 
 def test_errors_of_any_process_are_told(tmp_path, monkeypatch, capsys):
@@ -403,18 +414,21 @@ def test_time_of_a_dry_run(tmp_path, monkeypatch, capsys):
     run.check_stage(0, 7.0, 2.0, 4)
     run.steps_per_epoch, run.begun = 0, time.perf_counter() - 100  # a classifier that is fitted at once
     run.check_stage(0, 7.0, 2.0, 4)
+    run.steps_per_epoch, run.begun = 0, time.perf_counter() - 100
+    run.check_stage(0, 7.0, 7.0, 1)  # tested in one batch
     seconds = run.end_dry_run()["seconds"]
-    assert seconds == pytest.approx(10 * (30 * 0.5 + 7 + 3 * 2.0) + 28 + (100 - 9 + 13), abs=1)
+    assert seconds == pytest.approx(10 * (30 * 0.5 + 7 + 3 * 2.0) + 28 + (100 - 9 + 13) + 100, abs=1)
     assert "in all about 4.7 minutes" in capsys.readouterr().err and not run.folder.exists()
 
 
 def test_dry_run_begins_at_the_beginning(finished, tmp_path, capsys):
-    """Whatever its folder holds; that it may not be used is still told."""
+    """Whatever its folder holds; that the run itself could not begin there is told."""
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert begin(tiny(tmp_path, dry_run=True, resume="auto")).first_epoch == 0
     capsys.readouterr()
-    assert ": in use; " in refusal(lambda: begin(tiny(tmp_path, dry_run=True)), capsys)
+    assert begin(tiny(tmp_path, dry_run=True)).first_epoch == 0
+    assert capsys.readouterr().err.startswith(f"note: --output-dir {folder}: in use; ")
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
