@@ -258,9 +258,9 @@ class LabelledImages(Dataset):
 
         make(images, labels, at): new uint8 images [B, C, H, W] of normalised ones, at [B] in 0..M-1. In
         memory each process makes all, of files a share, kept in `folder`. class_counts are of the whole.
-        once: one batch stands for all of them, again and again.
+        once: the images of one batch stand for all of them, again and again.
         """
-        repeated = np.arange(len(positions)) % batch_size
+        labels, repeated = self.labels[positions], np.arange(len(positions)) % batch_size
         positions = positions[:batch_size] if once else positions
         batches, whole = torch.arange(len(positions)).split(batch_size), copy.copy(self)
         if isinstance(self, ImageFiles):
@@ -268,12 +268,10 @@ class LabelledImages(Dataset):
         lists = [positions[at].tolist() for at in batches]
         loader = zip(batches, DataLoader(self, batch_sampler=lists, **loader_options(self)), strict=True)
         made = ((at, make(*send_to_device(batch, accelerator.device), at)) for at, batch in loader)
-        new = self.stored(made, self.labels[positions], folder)
+        new = self.stored(made, labels, folder)
         for name in self.per_image:
-            parts = getattr(self, name), new[name]
+            parts = getattr(self, name), new[name][repeated] if once and "labels" not in name else new[name]
             setattr(whole, name, np.concatenate(parts) if name == "paths" else torch.cat(parts))
-        if once:
-            return whole.subset(np.r_[: len(self), len(self) + repeated])
         whole.class_counts = torch.bincount(whole.labels, minlength=self.num_classes)
         return whole
 

@@ -2,12 +2,16 @@
 
 import importlib
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from benchmarks import reproduce, systems
 from common import cli
-from tests.conftest import ROOT, refusal
+from tests.conftest import ROOT, environment, refusal
 
 TABLES = sorted(path.stem for path in (ROOT / "benchmarks" / "tables").glob("*.txt"))
 TINY = "--epochs 1 --batch-size 512 --lr-steps --lr 0.01 --arch lenet".split()
@@ -90,6 +94,23 @@ def test_a_table_runs_and_is_not_run_twice(tmp_path, capsys, monkeypatch):
     reproduce.main(words)
     again = capsys.readouterr()
     assert again.out == printed.out and again.err.count("already there") == 4
+
+
+@pytest.mark.slow
+def test_a_table_that_is_stopped(tmp_path):
+    """By Ctrl-C, say: one line, and its runs end, too."""
+    table, out = tmp_path / "long.txt", tmp_path / "out"
+    table.write_text("long: cmo.py --paste none\n")
+    words = ["--table", str(table), "--seeds", "0", "1", "--output-dir", str(out), "--", "--epochs", "300"]
+    how = dict(cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.reproduce", *words], **how)
+    while not (out / "long_0" / "checkpoint" / "epoch_0000.json").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "" and not (out / "long_1").exists()
+    assert told == "stopped by SIGINT; the same command goes on\n"
+    assert not subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout
 
 
 def test_a_row_that_fails_is_named(tmp_path, capsys):
