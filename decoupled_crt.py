@@ -151,6 +151,10 @@ class Args(cli.Args):
             if getattr(self, f"{prefix}cosine") and getattr(self, f"{prefix}lr_steps"):
                 flags = cli.flag(f"{prefix}lr_steps"), cli.flag(f"no_{prefix}cosine")
                 cli.fail(f"{flags[0]}: have no effect on a cosine; leave them out, or add {flags[1]}")
+            length, trains = f"{prefix}epochs", not prefix or self.classifier in ("crt", "lws")
+            is_zero = (self.cosine_epochs or getattr(self, length)) <= self.cosine_start
+            if getattr(self, f"{prefix}cosine") and trains and is_zero:
+                cli.fail(f"{cli.flag(length)} 1: its rate is 0, so nothing would be trained; use more")
         if self.stage2_nesterov and not self.momentum:
             cli.fail("--momentum 0: Nesterov needs momentum; add --no-stage2-nesterov")
         for name in ("stage2_epochs",) if self.stage1 else ("epochs", "stage2_epochs"):

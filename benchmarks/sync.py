@@ -35,7 +35,7 @@ ALL_OF = {
     "class_rectification.py": dict(),
     "cmo.py": dict(mix_start=-1, mix_end=0, drw=True, drw_epoch=0, las=True, las_epochs=1, las_batch_size=64),
     "csa.py": dict(start_aug=0, delta=0.0),
-    "decoupled_crt.py": dict(stage2_epochs=1, stage2_lr_steps=()),
+    "decoupled_crt.py": dict(stage2_epochs=2, stage2_lr_steps=()),
     "equalization_loss.py": dict(),
     "meta_weights.py": dict(epochs=2, pretrain_epochs=1, dev_per_class=5, dev_batch_size=40),
 }

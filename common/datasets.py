@@ -714,7 +714,8 @@ def load_files(args):
 def check(args):
     """--check-data: names the first images that are missing, in both parts or, with --decode, broken.
 
-    Fails if there are such. An image in both parts is one file or, with --decode, also a copy of it.
+    Fails if there are such; a dry run only where one is missing. An image in both parts is one file or, with
+    --decode, also a copy of it; the training part has the images of other lists, too.
     """
     if args.dataset not in ("image_folder", *cli.OF_LISTS):
         if args.check_data:
@@ -739,9 +740,11 @@ def check(args):
         looked = tqdm(pool.map(look, every), "checking", len(every), leave=False, disable=None)
         found = dict(zip(every, looked, strict=True))
     problems = [problem for problem, _ in found.values() if problem]
-    trained = {found[path][1] for path in paths} - {None}
+    trained = {found[path][1] for path in itertools.chain(paths, *more)} - {None}
     both = {path for path in test_paths if found[path][1] in trained}
-    if problems or both:
+    if both and args.dry_run and not problems:
+        cli.say(f"note: {len(both)} test images are trained on, too, such as {min(both)}")
+    elif problems or both:
         missing = sum(": no such image" in one for one in problems)
         counts = f"{missing} missing, {len(problems) - missing} broken, {len(both)} for training and test"
         hint = "; is it another edition of the data set?" if missing > len(every) / 2 else ""

@@ -203,7 +203,9 @@ class Run:
         hashes = [part.sha256() for part in (train_set, test_set, *others)]
         then, self.data = self.data, {"counts": counts, "sha256": hashes}
         if then and then != self.data:
-            has = then["counts"] if then["counts"] != counts else "others of these numbers"
+            parts = zip(("training", "test", "development"), then["sha256"], hashes, strict=False)
+            others = " and ".join(name for name, old, new in parts if old != new)
+            has = then["counts"] if then["counts"] != counts else f"other {others} images or labels"
             given = f"the data are {counts}, but the run in {output_folder(self.args)} has {has}"
             cli.fail(f"--resume: {given}; give it its own, or another --output-dir")
         stage1 = getattr(self.args, "stage1", None)

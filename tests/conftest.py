@@ -170,8 +170,8 @@ def jpegs(tmp_path):
 
 @pytest.fixture
 def jpeg_lists(tmp_path, jpegs):
-    """The same as list files, and dev.txt beside train.txt and test.txt, of two test images of each class."""
-    for name, part, count in (("train", "train", 20), ("test", "test", 3), ("dev", "test", 2)):
+    """The same as list files, train.txt and test.txt, and dev.txt of two training images of each class."""
+    for name, part, count in (("train", "train", 20), ("test", "test", 3), ("dev", "train", 2)):
         lines = [f"{part}/class {k}/{i}.jpg {k}" for k in range(3) for i in range(count)]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     lists = {f"{name}_list": str(tmp_path / f"{name}.txt") for name in ("train", "test")}

@@ -547,7 +547,9 @@ def test_class_balanced_images_of_a_list(tmp_path, jpeg_lists, monkeypatch, caps
     capsys.readouterr()
     with pytest.raises(SystemExit):
         bms.main(tiny(tmp_path, **{**options, "epochs": 2, "resume": "yes"}))
-    assert "has others of these numbers; give it its own" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "has other development images or labels; give it its own" in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_list_that_does_not_fit(tmp_path, jpeg_lists, capsys):

@@ -551,6 +551,20 @@ def test_stage_1_with_another_network(tmp_path, capsys):
     assert line.endswith(f"/bbn: a run of bbn.py; use one of {names}")
 
 
+@pytest.mark.parametrize(
+    "options, length",
+    [
+        (dict(cosine=True, epochs=1, lr_steps=()), "--epochs"),
+        (dict(stage2_cosine=True, stage2_epochs=1, stage2_lr_steps=()), "--stage2-epochs"),
+    ],
+)
+def test_a_rate_of_zero_is_refused(options, length, capsys):
+    line = refusal(lambda: Args(**options), capsys)
+    assert line == f"{length} 1: its rate is 0, so nothing would be trained; use more"
+    assert Args(**options, cosine_start=0).cosine_start == 0  # whole in the first epoch
+    assert Args(**{**options, "cosine": False, "classifier": "ncm"}).classifier == "ncm"  # not trained
+
+
 def test_stage_1_of_other_data(tmp_path, jpegs, capsys):
     """Of as many images, or of the same ones in another order of classes."""
     given = {**jpegs, "image_size": 16, "arch": "resnet8"}

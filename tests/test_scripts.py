@@ -56,7 +56,7 @@ METHOD = {
         las_lr=0.02,
     ),
     "csa.py": dict(start_aug=1, delta=0.0),
-    "decoupled_crt.py": dict(sampling="square-root", stage2_epochs=1, stage2_lr=0.02),
+    "decoupled_crt.py": dict(sampling="square-root", stage2_epochs=2, stage2_lr=0.02),
     "equalization_loss.py": dict(loss="softmax_eql"),
     "meta_weights.py": dict(pretrain_epochs=1, dev_per_class=5, freeze_backbone=False, dev_batch_size=30),
 }

@@ -695,6 +695,21 @@ def test_copies_in_both_parts_are_told(folder, capsys):
         assert last == f"--check-data: of 16 images 0 missing, 0 broken, {len(named)} for training and test"
 
 
+def test_development_images_are_trained_on(jpeg_lists, tmp_path, capsys):
+    """So none of the test may be among them; a dry run goes on."""
+    import meta_weights
+
+    (tmp_path / "dev.txt").write_text((tmp_path / "test.txt").read_text())
+    args = meta_weights.Args(**jpeg_lists, dev_list=str(tmp_path / "dev.txt"), check_data=True)
+    with pytest.raises(SystemExit):
+        datasets.check(args)
+    assert capsys.readouterr().err.splitlines()[-1].endswith("0 missing, 0 broken, 9 for training and test")
+    args.check_data, args.dry_run = False, True
+    datasets.check(args)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "note: 9 test images are trained on, too, such as test/class 0/0.jpg"
+
+
 def test_images_named_twice_are_told(folder, capsys):
     options = write_lists(folder)
     with open(options["train_list"], "a") as file:

@@ -291,15 +291,15 @@ def test_resume_with_other_data(tmp_path, jpegs, capsys):
     hashes = cmo.main(resumed)["data_sha256"]
     assert len(hashes) == 2
     has = f"the run in {tmp_path}/run has"
-    for part in ("train", "test"):
+    for part, words in (("train", "training"), ("test", "test")):
         old, new = (data / part / "class 0" / name for name in ("0.jpg", "new.jpg"))
         old.rename(new)
         with pytest.raises(SystemExit) as stop:
             cmo.main(resumed)
         line = capsys.readouterr().err.splitlines()[-1]
         assert stop.value.code == 2 and line == (
-            f"--resume: the data are 3 classes, 60 training and 9 test images, but {has} others of these "
-            "numbers; give it its own, or another --output-dir"
+            f"--resume: the data are 3 classes, 60 training and 9 test images, but {has} other "
+            f"{words} images or labels; give it its own, or another --output-dir"
         )
         new.rename(old)
     shutil.copytree(data / "train" / "class 0", data / "train" / "class 3")
