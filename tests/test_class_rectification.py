@@ -367,7 +367,7 @@ def test_float32_under_mixed_precision(level, tmp_path, monkeypatch):
     [
         ("relative", "class"),
         pytest.param("distribution", "class", marks=pytest.mark.slow),
-        ("absolute", "instance"),
+        pytest.param("absolute", "instance", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_have_the_gradient_of_one(form, level, tmp_path):

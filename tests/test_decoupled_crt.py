@@ -757,7 +757,7 @@ slow = pytest.mark.slow
     "moment, processes",
     [
         pytest.param("1:5", 1, id="stage 1", marks=slow),
-        pytest.param("2:1", 1, id="between the stages"),  # before the first checkpoint of stage 2
+        pytest.param("2:1", 1, id="between the stages", marks=slow),  # before the first checkpoint of stage 2
         pytest.param("3:5", 1, id="stage 2"),
         pytest.param("1:5", 2, id="stage 1, two processes", marks=slow),
         pytest.param("2:1", 2, id="between the stages, two processes", marks=slow),

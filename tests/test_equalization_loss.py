@@ -333,6 +333,7 @@ def test_resumed_with_its_gradients(loss, tmp_path):
     assert tiny(tmp_path, "broken", loss=loss, resume="yes")["weights_sha256"] == unbroken["weights_sha256"]
 
 
+@pytest.mark.slow  # test_two_processes_are_one has them, too
 def test_two_processes_drop_the_same_classes(tmp_path):
     exact = dict(TINY, epochs=1, lr_steps=(), arch="lenet", lr=0.02)
     tiny(tmp_path, "one", **exact)

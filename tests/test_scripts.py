@@ -236,8 +236,8 @@ def kill_and_resume(script, processes, tmp_path):
     def run(**given):
         return run_here(script, **given) if processes == 1 else result_of(launch(script, processes, **given))
 
-    unbroken = run(**options(script, tmp_path / "unbroken", epochs=3))
-    broken = options(script, tmp_path / "broken", epochs=3)
+    unbroken = run(**options(script, tmp_path / "unbroken", epochs=2))
+    broken = options(script, tmp_path / "broken", epochs=2)
     killed = launch(script, processes, env=kill_at(tmp_path, "1:5"), **broken)
     assert killed.returncode != 0 and killed.stdout == ""
     assert len(losses(tmp_path / "broken")) == 1
