@@ -194,13 +194,14 @@ class Run:
         processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
         return {"script": self.script, "args": args, "num_processes": processes, "precision": precision}
 
-    def set_data(self, train_set, test_set, *others):
-        """Keep in checkpoints and result what the data are. Those of a resumed run have to be its own, and
-        the training images those of --stage1.
+    def set_data(self, train_set, test_set, *more):
+        """Keep in checkpoints and result what the data are, with `more` sets that it trains with.
+
+        Those of a resumed run have to be its own, and the training images those of --stage1.
         """
         self.all_names, self.classes = train_set.all_names, train_set.classes
         counts = f"{len(self.classes)} classes, {len(train_set)} training and {len(test_set)} test images"
-        hashes = [part.sha256() for part in (train_set, test_set, *others)]
+        hashes = [part.sha256() for part in (train_set, test_set, *more)]
         then, self.data = self.data, {"counts": counts, "sha256": hashes}
         if then and then != self.data:
             parts = zip(("training", "test", "development"), then["sha256"], hashes, strict=False)
