@@ -1,22 +1,41 @@
 """Networks: CIFAR ResNets, torchvision's ImageNet ResNets, LeNet, and the linear and cosine classifiers.
 
-Every network has feature_map(images) -> [B, C, h, w], pool(maps) -> [B, D], classifier(features) -> [B, K];
-features(images) is pool(feature_map(images)), forward(images) is classifier(features(images)).
+`load(folder)` gives the trained network of a finished run.
+
+Every network takes pixels of 0..255, uint8 or float, and normalises them itself. It has
+feature_map(images) -> [B, D, h, w], features(images) -> [B, D] and classifier(features) -> [B, K].
 """
 
-from contextlib import contextmanager
+import dataclasses
+import importlib
+import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import get_model_weights, resnet
 
-from common import cli
+from common.cli import Refused
+from common.datasets import LabelledImages
+
+
+class Normalize(nn.Module):
+    """(pixels / 255 - mean) / std, by channel."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, images):
+        return (images - self.mean) / self.std
 
 
 class CosineClassifier(nn.Module):
-    """scale * cosine of feature and class weight, [B, D] -> [B, K]; weight [D, K], at first unit columns."""
+    """scale * cosine of feature and class weight, [B, D] -> [B, K]; weight [D, K]."""
 
     def __init__(self, in_features, num_classes, scale):
         super().__init__()
@@ -27,23 +46,13 @@ class CosineClassifier(nn.Module):
         return self.scale * F.normalize(features, dim=1) @ F.normalize(self.weight, dim=0)
 
 
-class ScaledClassifier(nn.Module):
-    """scale * (W x + b), [B, D] -> [B, K], of a linear classifier; a scale per class [K], at first 1."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear, self.scale = linear, nn.Parameter(linear.weight.new_ones(linear.out_features))
-
-    def forward(self, features):
-        return self.scale * self.linear(features)
-
-
 class Network(nn.Module):
-    """Backbone, global average pooling (C = D) and classifier in one."""
+    """Backbone, global average pooling and classifier."""
 
     def __init__(self, backbone, classifier):
         super().__init__()
-        self.backbone, self.classifier = backbone, classifier
+        self.backbone = backbone
+        self.classifier = classifier
 
     def feature_map(self, images):
         return self.backbone(images)
@@ -58,6 +67,9 @@ class Network(nn.Module):
         return self.classifier(self.features(images))
 
 
+# ----------------------------------------------------------------------------------------------- small images
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions; shortcut "option A", without parameters: every second pixel, zero channels."""
 
@@ -67,44 +79,34 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.padding = stride, (channels - in_channels) // 2
+        self.stride = stride
+        self.padding = (channels - in_channels) // 2
 
     def forward(self, x):
-        shortcut = x
-        if self.stride > 1 or self.padding:
-            shortcut = F.pad(
-                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding)
-            )
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.padding or self.stride > 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(y + x)
 
 
-def cifar_backbone(depth, channels, narrow=1.0):
-    """3x3 stem of 16 channels, then 3 stages of (depth - 2) / 6 blocks with 16, 32, 64 channels.
-
-    narrow: a factor on the last two.
-    """
-    stages, blocks, second, third = [], (depth - 2) // 6, round(32 * narrow), round(64 * narrow)
-    for before, width, stride in ((16, 16, 1), (16, second, 2), (second, third, 2)):
-        first = BasicBlock(before, width, stride)
-        stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1))))
-    return nn.Sequential(nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *stages)
+def cifar_backbone(depth, channels, narrow):
+    """3x3 stem, then 3 stages of (depth - 2) / 6 blocks, as a list; and the number of features."""
+    modules = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    before = 16
+    for width, stride in ((16, 1), (round(32 * narrow), 2), (round(64 * narrow), 2)):
+        blocks = [BasicBlock(before, width, stride)]
+        blocks += [BasicBlock(width, width, 1) for _ in range((depth - 2) // 6 - 1)]
+        modules.append(nn.Sequential(*blocks))
+        before = width
+    return modules, before
 
 
 class LeNet(Network):
     """LeNet with a 2-dimensional feature, so that features can be drawn. Made for 28x28 images."""
 
-    def __init__(self, channels, size, classifier):
-        if size < 12:
-            cli.fail(f"--arch lenet: images of {size} pixels are too small; raise --image-size to 12 or more")
-        conv = [
-            nn.Conv2d(channels, 6, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(6, 16, 5),
-            nn.ReLU(),
-        ]
-        super().__init__(nn.Sequential(*conv, nn.MaxPool2d(2)), classifier)
-        flat = 16 * ((size // 2 - 4) // 2) ** 2
+    def __init__(self, backbone, classifier, flat):
+        super().__init__(backbone, classifier)
         self.neck = nn.Sequential(
             nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 2)
         )
@@ -112,6 +114,13 @@ class LeNet(Network):
     def pool(self, maps):
         return self.neck(maps.flatten(1))
 
+
+def lenet_backbone(channels):
+    first, second = nn.Conv2d(channels, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
+    return [first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2)]
+
+
+# ----------------------------------------------------------------------------------------------- large images
 
 IMAGENET = {  # block, blocks per stage, groups and width of the bottleneck
     "resnet10": (resnet.BasicBlock, [1, 1, 1, 1], 1, 64),
@@ -124,85 +133,70 @@ IMAGENET = {  # block, blocks per stage, groups and width of the bottleneck
     "resnext152_32x4d": (resnet.Bottleneck, [3, 8, 36, 3], 32, 4),
     "wide_resnet50_2": (resnet.Bottleneck, [3, 4, 6, 3], 1, 128),
 }
-CIFAR = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56)}
-NAMES = (*CIFAR, *IMAGENET, "lenet")
 
 
-def imagenet_backbone(arch, channels, pretrained, narrow=1.0):
+def imagenet_backbone(arch, channels, narrow, pretrained):
+    """torchvision's network without its classifier, as a list; and the number of features."""
     block, blocks, groups, width = IMAGENET[arch]
     net = resnet.ResNet(block, blocks, groups=groups, width_per_group=width)
-    if narrow != 1:  # the stages made again
-        net.inplanes, third, fourth = 128 * block.expansion, round(256 * narrow), round(512 * narrow)
-        net.layer3 = net._make_layer(block, third, blocks[2], stride=2)
-        net.layer4 = net._make_layer(block, fourth, blocks[3], stride=2)
+    if pretrained:
+        try:
+            with PartialState().main_process_first():  # which downloads them, where they are not there
+                net.load_state_dict(get_model_weights(arch).IMAGENET1K_V1.get_state_dict(check_hash=True))
+        except Exception as error:  # a download fails in many ways
+            raise Refused(f"--pretrained: no ImageNet weights for --arch {arch} ({error})") from None
+    if narrow != 1:  # the last two stages made again
+        net.inplanes = 128 * block.expansion
+        net.layer3 = net._make_layer(block, round(256 * narrow), blocks[2], stride=2)
+        net.layer4 = net._make_layer(block, round(512 * narrow), blocks[3], stride=2)
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    if pretrained:
-        try:  # from torchvision's cache, else downloaded
-            with PartialState().main_process_first():
-                net.load_state_dict(get_model_weights(arch).IMAGENET1K_V1.get_state_dict(check_hash=True))
-        except Exception as e:  # a download fails in many ways
-            cli.fail(f"--pretrained: no ImageNet weights for --arch {arch} ({e}); use --no-pretrained")
     if channels != 3:
         net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
-    stages = (net.layer1, net.layer2, net.layer3, net.layer4)
-    backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages)
-    return backbone, net.inplanes
+    stages = [net.layer1, net.layer2, net.layer3, net.layer4]
+    return [net.conv1, net.bn1, net.relu, net.maxpool, *stages], net.inplanes
 
 
-@contextmanager
-def seeded(seed):
-    """Draw what is drawn inside from `seed`, and leave the generator outside alone."""
+def build(arch, dataset, seed, cosine=None, pretrained=False, narrow=1.0):
+    """The network `arch` for the images and classes of `dataset`; `seed` alone decides its first weights.
+
+    cosine: scale of a CosineClassifier (LDAM), which then replaces the linear one. pretrained: the backbone
+    starts from torchvision's ImageNet weights. narrow: factor on the channels of the last two stages (RIDE).
+    """
+    channels, size, _ = dataset.shape
+    if pretrained and arch not in IMAGENET:
+        raise Refused(f"--pretrained: there are no ImageNet weights for --arch {arch}; leave it out")
+    if arch == "lenet" and size < 12:
+        raise Refused(f"--arch lenet: images of {size} pixels are too small; raise --image-size to 12")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone
-        yield
-
-
-def check_name(arch):
-    """Stops with one line where there is no such network."""
-    if arch not in NAMES:
-        cli.fail(f"--arch {arch}: must be one of {', '.join(NAMES)}{cli.nearest(arch, NAMES)}")
-
-
-def build(arch, num_classes, seed, shape=(3, 32, 32), *, cosine=None, pretrained=False, narrow=1.0):
-    """The network `arch` for images of `shape` (C, H, W); `seed` alone decides its first weights.
-
-    CIFAR ResNets and LeNet: kaiming-normal convolutions and linear layers. ImageNet ResNets: torchvision's.
-    cosine: the scale of a CosineClassifier (LDAM), which then replaces the linear one.
-    pretrained: the backbone starts from torchvision's ImageNet weights.
-    narrow: a factor on the channels of a ResNet's last two stages (RIDE's experts).
-    """
-    check_name(arch)
-    if pretrained and arch not in IMAGENET:
-        cli.fail(f"--pretrained: there are no ImageNet weights for --arch {arch}; use --no-pretrained")
-    channels, size, _ = shape
-
-    def make_classifier(width, num_classes):
-        return CosineClassifier(width, num_classes, cosine) if cosine else nn.Linear(width, num_classes)
-
-    with seeded(seed):
         if arch in IMAGENET:
-            backbone, width = imagenet_backbone(arch, channels, pretrained, narrow)
-            return Network(backbone, make_classifier(width, num_classes)).to(
-                memory_format=torch.channels_last
-            )
-        if arch == "lenet":
-            net = LeNet(channels, size, make_classifier(2, num_classes))
+            modules, width = imagenet_backbone(arch, channels, narrow, pretrained)
+        elif arch.startswith("resnet") and arch[6:] in ("8", "20", "32", "44", "56"):
+            modules, width = cifar_backbone(int(arch[6:]), channels, narrow)
+        elif arch == "lenet":
+            modules, width = lenet_backbone(channels), 2
         else:
-            backbone, width = cifar_backbone(CIFAR[arch], channels, narrow), round(64 * narrow)
-            net = Network(backbone, make_classifier(width, num_classes))
-        for module in net.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)
-        return net.to(memory_format=torch.channels_last)  # as the images: faster, on CPUs too
+            raise Refused(f"--arch {arch}: must be resnet8, 20, 32, 44, 56, lenet, {', '.join(IMAGENET)}")
+        if cosine:
+            classifier = CosineClassifier(width, dataset.num_classes, cosine)
+        else:
+            classifier = nn.Linear(width, dataset.num_classes)
+        backbone = nn.Sequential(Normalize(*dataset.statistics), *modules)
+        if arch == "lenet":
+            network = LeNet(backbone, classifier, flat=16 * ((size // 2 - 4) // 2) ** 2)
+        else:
+            network = Network(backbone, classifier)
+        if arch not in IMAGENET:
+            for module in network.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    nn.init.kaiming_normal_(module.weight)
+    return network.to(memory_format=torch.channels_last)  # as the images: faster, on CPUs too
 
 
 def split_last_block(network):
-    """(trunk, last block with pooling): features(images) is block(trunk(images)); the modules are shared.
-
-    The last residual block of a ResNet; LeNet's linear layers below the classifier.
-    """
+    """(trunk, last block with pooling): features(images) is block(trunk(images)); the modules are shared."""
     if isinstance(network, LeNet):
         return network.backbone, nn.Sequential(nn.Flatten(), network.neck)
     *before, stage = network.backbone
@@ -210,25 +204,46 @@ def split_last_block(network):
     return trunk, nn.Sequential(stage[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def load_weights(network, weights, source):
-    """Give the network `weights`, a state dict; one line that begins with `source` where they do not fit."""
+# ---------------------------------------------------------------------------------------------- finished runs
+
+
+def read_result(folder):
+    """The result of the finished run in `folder`, its options as a script's Args take them."""
+    try:
+        result = json.loads(Path(folder, "result.json").read_text())
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in result["args"].items()}
+        return {**result, "args": options}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Refused(f"{folder}: holds no finished run (result.json); finish it, or name another") from None
+
+
+def load(folder):
+    """The trained network of the finished run in `folder`, to predict: network(pixels) -> logits [B, K].
+
+    Made by the script of the run, which must be at hand. Its `images` tells classes and shape (C, H, W).
+    """
+    result = read_result(folder)
+    try:
+        script = importlib.import_module(Path(result["script"]).stem)
+        args = dataclasses.replace(script.Args(**result["args"]), pretrained=False)
+        images = LabelledImages([], [], result["class_names"], result["shape"], result["statistics"])
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise Refused(f"{folder}: its {result.get('script')} is not at hand as it was ({error})") from None
+    network = script.make_model(images, args)
+    load_weights(folder, network)
+    network.images = images
+    return network.eval()
+
+
+def load_weights(folder, network):
+    """Give the network the weights of the finished run in `folder`."""
+    try:
+        weights = load_file(Path(folder, "model.safetensors"))
+    except Exception:  # it is not there, or damaged
+        raise Refused(f"{folder}: holds no finished run (model.safetensors); name another") from None
     own = network.state_dict()
     for name in sorted({*weights, *own}):
-        there, here = (tuple(d[name].shape) if name in d else "missing" for d in (weights, own))
-        if there != here:
-            what = f"{name} is {there} there and {here} here"
-            cli.fail(f"{source}: its network does not fit: {what}; use one with the same layers")
+        shapes = [tuple(state[name].shape) if name in state else "missing" for state in (weights, own)]
+        if shapes[0] != shapes[1]:
+            raise Refused(f"{folder}: does not fit: {name} is {shapes[0]} there, {shapes[1]} here")
     network.load_state_dict(weights)
-
-
-@torch.no_grad()
-def check_map(network, shape, arch):
-    """Refuse a network whose feature map of images of `shape` (C, H, W) is one pixel: it shows no place."""
-    height, width = network.eval().feature_map(torch.zeros(1, *shape)).shape[2:]
-    network.train()
-    if height * width == 1:
-        cli.fail(f"--arch {arch}: its map of images of {shape[1]} pixels is one pixel; use resnet32")
-
-
-def count_parameters(module):
-    return sum(parameter.numel() for parameter in module.parameters())

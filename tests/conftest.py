@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,21 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from common import cli, datasets
+from common import cli
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+SCRIPTS = (
+    "cmo.py",
+    "ride.py",
+    "bbn.py",
+    "csa.py",
+    "decoupled_crt.py",
+    "balanced_meta_softmax.py",
+    "meta_weights.py",
+    "bag_of_tricks.py",
+    "class_rectification.py",
+    "equalization_loss.py",
+)
 os.environ["ACCELERATE_USE_CPU"] = "true"  # also of the runs in this process
 # A run of seconds on the synthetic set: 1,236 images, 19 steps an epoch.
 TINY = dict(epochs=2, batch_size=64, lr=0.05, lr_steps=(1,), warmup=0)
@@ -40,12 +50,25 @@ def words(options):
     """Keyword options as words of a command line."""
     line = []
     for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is None or isinstance(value, bool):
-            line += [flag] if value else []
-        else:
+        flag = cli.flag(name)
+        if value is True:
+            line.append(flag)
+        elif value is False:
+            line.append("--no-" + flag[2:])
+        elif value is not None:
             line += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return line
+
+
+def parse(script, *line, **options):
+    """Args of a command line."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    return cli.parse(module.Args, module.RECIPES, module.__doc__, [*line, *words(options)])
+
+
+def run_here(script, **options):
+    """The result of a script's main in this process: the same run as `launch` makes, without its start."""
+    return importlib.import_module(script.removesuffix(".py")).main(parse(script, **options))
 
 
 def command(script, processes=1, **options):
@@ -71,42 +94,6 @@ def launch(script, processes=1, env=None, cwd=ROOT, **options):
     )
 
 
-def run_here(script, **options):
-    """The result of a script's main in this process: the same run as `launch` makes, without its start."""
-    module = importlib.import_module(script[:-3])
-    options["output_dir"] = str(options["output_dir"])
-    return module.main(cli.build(module.Args, module.RECIPES, **options))
-
-
-def sabotage(folder, code):
-    """Environment in which every process of a run, but not its launcher, begins with `code`."""
-    head = "import os, sys\nif sys.argv[:1] != ['-m']:\n    from common import runs\n    import torch\n"
-    (folder / "sitecustomize.py").write_text(head + textwrap.indent(code, "    "))
-    return dict(PYTHONPATH=f"{folder}{os.pathsep}{ROOT}")
-
-
-def after_step(folder, moment, code, rank=0):
-    """Environment in which the process `rank` of a run does `code` in step S of epoch E, "E:S", from 0.
-
-    There `values` are what the step records.
-    """
-    epoch, step = moment.split(":")
-    return sabotage(
-        folder,
-        "record = runs.Run.record\n"
-        "def failing(self, **values):\n"
-        f"    now = self.epoch == {epoch} and len(self.recorded.get('loss', [])) == {step}\n"
-        f"    if now and os.environ.get('RANK', '0') == '{rank}':\n"
-        f"        {code}\n"
-        "    record(self, **values)\n"
-        "runs.Run.record = failing\n",
-    )
-
-
-def kill_at(folder, moment):
-    return after_step(folder, moment, "os.kill(os.getpid(), 9)")
-
-
 def result_of(done):
     """The one JSON line on a script's stdout."""
     assert done.returncode == 0, done.stderr
@@ -128,29 +115,9 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
-def state_of(folder, epoch, of="model"):
-    """What the checkpoint of the 0-based `epoch` holds of the model, the optimizer, ..."""
-    file = folder / "checkpoint" / f"epoch_{epoch:04d}.pt"
-    return torch.load(file, weights_only=True)["state"][of]
-
-
-def synthetic_objects(train_set):
-    """bool [N, H, W] of the synthetic training images: the object, which is what no context changes."""
-    labels, counts = train_set.labels, train_set.class_counts
-    ranks = torch.cat([torch.arange(n) for n in counts])
-    contexts = (labels + ranks % (counts // 10).clamp(1, 10)[labels]) % 10
-    drawn, moved = (datasets.draw_synthetic(labels, (contexts + k) % 10, seed=0) for k in (0, 5))
-    assert drawn.equal(train_set.crops[torch.arange(len(labels)), 2, 2])
-    return (drawn == moved).all(1)
-
-
-def refusal(call, capsys):
-    """What `call` says, one line on stderr, before it exits with code 2."""
-    with pytest.raises(SystemExit) as stop:
-        call()
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
-    return line
+def state_of(folder, name="model"):
+    """What the checkpoint in `folder` holds of the model, the optimizer, ..."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["state"][name]
 
 
 @pytest.fixture
@@ -164,8 +131,8 @@ def jpegs(tmp_path):
             for i in range(count):
                 pixels = generator.randint(0, 256, (70 + i, 90, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
-    data = dict(dataset="image_folder", data_dir=str(tmp_path / "data"), imbalance=None, image_size=72)
-    return dict(**data, arch="resnet10", batch_size=16, color_jitter=0.4, lr_steps=())
+    data = dict(dataset="image_folder", data_dir=str(tmp_path / "data"), image_size=72)
+    return dict(**data, arch="resnet10", batch_size=16, augment="jitter", lr_steps=())
 
 
 @pytest.fixture

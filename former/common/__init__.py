@@ -1,0 +1,1 @@
+"""What no paper could change: data sets, networks, evaluation, options, run plumbing."""
