@@ -4,7 +4,7 @@ Those of whole batches of small images are fast and run where the images are. Th
 for one image at a time, in loader processes.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,17 @@ POLICY = AutoAugment(AutoAugmentPolicy.CIFAR10)
 HOLE = 16  # side of Cutout's square in pixels
 
 
-def of_batches(kind, padding):
-    """The augmentation `kind` of uint8 batches [B, C, H, W], or None where it goes image by image."""
+def of_batches(kind, size, padding):
+    """(the augmentation `kind` of uint8 batches [B, C, H, W], whether it goes image by image)."""
+    if kind == "weak":
+        return partial(crop_and_flip, padding=padding), False
+    if kind == "auto":
+        return partial(crop_and_auto_augment, padding=padding), False
+    return partial(one_by_one, transform=of_images(kind, size, padding)), True
 
-    def weak(images):
-        return crop_and_flip(images, padding)
 
-    def auto(images):
-        return cutout(auto_augment(crop_and_flip(images, padding)))
-
-    return {"weak": weak, "auto": auto}.get(kind)
+def one_by_one(images, transform):
+    return torch.stack([transform(image) for image in images])
 
 
 def of_images(kind, size, padding=None):
@@ -60,6 +61,10 @@ def crop_and_flip(images, padding):
     images = windows[torch.arange(number, device=device), :, top, left]
     flipped = torch.rand(number, 1, 1, 1, device=device) < 0.5
     return torch.where(flipped, images.flip(3), images)
+
+
+def crop_and_auto_augment(images, padding):
+    return cutout(auto_augment(crop_and_flip(images, padding)))
 
 
 def cutout(images, side=HOLE):

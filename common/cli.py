@@ -47,6 +47,9 @@ def option(default, help, choices=None, least=None, above=None, most=None, is_ep
     return dataclasses.field(default=default, metadata=dict(help=help, is_epoch=is_epoch, **limits))
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive")
+
+
 @dataclass
 class Args:
     """The options of every script. A script adds those of its method in a subclass."""
@@ -55,40 +58,30 @@ class Args:
     recipe: str = option("paper", "paper, or equal: the same training settings in every script")
     data_dir: str = option("data", "folder that holds the data set (docs/data.md)")
     imbalance: float | None = option(100.0, "images of the largest class over the smallest's", least=1)
-    train_list: str | None = option(
-        None, "list of `relative/path label` lines, instead of the data set's own"
-    )
+    train_list: str | None = option(None, "list of `relative/path label` lines, if not the data set's own")
     test_list: str | None = option(None, "the same for the test images")
-    image_size: int | None = option(
-        None, "side of the input in pixels; up to 64 images are kept in memory", least=8
-    )
+    image_size: int | None = option(None, "side in pixels; up to 64 images are kept in memory", least=8)
     augment: str = option(
         "weak",
         "weak: crop and flip; jitter, rotate: and colours, 15 degrees; auto: AutoAugment and Cutout; strong: "
         "half of the images so, half as in contrastive learning",
         choices=("none", "weak", "jitter", "rotate", "auto", "strong"),
     )
-    num_workers: int = option(4, "loader processes per training process, for images read from files", least=0)
-    splits: tuple[int, ...] = option(
-        (100, 20), "many-shot: more training images than the first; few-shot: less than the second", least=1
-    )
-    eval_every: int = option(1, "epochs from one test to the next; the last one is always tested", least=1)
-    output_dir: str | None = option(None, "folder of the run (default: runs/SCRIPT/DATASET_IMBALANCE_SEED)")
+    num_workers: int = option(4, "loader processes per training process, for images from files", least=0)
+    splits: tuple[int, ...] = option((100, 20), "many-shot: more training images than; few-shot: less than")
+    eval_every: int = option(1, "epochs from one test to the next; the last is always tested", least=1)
+    output_dir: str | None = option(None, "folder of the run, if not runs/SCRIPT/DATASET_IMBALANCE_SEED")
     resume: bool = option(False, "go on from the checkpoint in the folder of the run, if there is one")
     overwrite: bool = option(False, "delete the run that the folder holds")
-    log_with: str | None = option(None, "tracker that gets the log, too, such as tensorboard or wandb")
+    log_with: str | None = option(None, "tracker that gets the log, too", choices=TRACKERS)
     seed: int = option(0, "seed of weights, order and augmentation; the subset has its own", least=0)
-    arch: str = option(
-        "resnet8", "network: resnet8 to resnet56 for small images, resnet10 to resnet152, lenet"
-    )
+    arch: str = option("resnet8", "resnet8 to resnet56 for small images, resnet10 to resnet152, lenet")
     pretrained: bool = option(False, "begin with torchvision's ImageNet weights")
     epochs: int = option(10, "number of epochs", least=1)
     batch_size: int = option(128, "images per step, over all processes", least=1)
     lr: float = option(0.1, "learning rate", above=0)
-    lr_steps: tuple[int, ...] = option(
-        (), "0-based epochs at which it is multiplied by --lr-factor", least=0, is_epoch=True
-    )
-    lr_factor: float = option(0.1, "see --lr-steps", above=0)
+    lr_steps: tuple[int, ...] = option((), "0-based epochs at which it falls", least=0, is_epoch=True)
+    lr_factor: float = option(0.1, "what it is multiplied by then", above=0)
     cosine: bool = option(False, "it falls along a cosine instead")
     warmup: int = option(0, "epochs of linear warm-up", least=0, is_epoch=True)
     warmup_from: float = option(0.0, "share of the learning rate at which that begins", least=0, most=1)
@@ -100,12 +93,12 @@ class Args:
             for item in value if isinstance(value, tuple) else (value,):
                 check(flag(field.name), item, **field.metadata)
         if len(self.splits) != 2 or self.splits[1] > self.splits[0] + 1:
-            raise Refused(f"--splits {self.splits}: give two numbers, the larger one first, such as 100 20")
+            raise Refused(f"--splits {self.splits}: give two numbers, such as 100 20")
 
 
 def check(name, value, help, is_epoch, choices, least, above, most):
     """Refused where a value is not what its option may be."""
-    if choices and value not in choices:
+    if choices and value is not None and value not in choices:
         raise Refused(f"{name} {value}: must be one of {', '.join(choices)}")
     if value is None or isinstance(value, (bool, str)):
         return
@@ -166,7 +159,7 @@ def parse(args_class, all_recipes, doc, argv=None):
 
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        near = difflib.get_close_matches(unknown[0], map(flag, hints), 1)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists them all"
         raise Refused(f"{unknown[0]}: no such option{hint}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
@@ -174,26 +167,22 @@ def parse(args_class, all_recipes, doc, argv=None):
 
 
 def find_recipe(args_class, all_recipes, dataset, name):
-    """Every option's default: RECIPES[dataset], of another recipe RECIPES["dataset name"] over the field's.
+    """Every option's default: the field's, or that of RECIPES[dataset], of RECIPES["dataset name"].
 
     equal: RECIPES[dataset] with the settings of recipes.EQUAL, and what counts epochs scaled to their number.
     """
     if dataset not in all_recipes:
         known = [key for key in all_recipes if " " not in key]
-        near = difflib.get_close_matches(dataset, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise Refused(f"--dataset {dataset}: must be one of {', '.join(known)}{hint}")
-    defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
-    key = dataset if name in ("paper", "equal") else f"{dataset} {name}"
-    if key not in all_recipes or (name == "equal" and dataset not in recipes.EQUAL):
-        names = [key.split()[1] for key in all_recipes if key.startswith(dataset + " ")]
-        names += ["equal"] if dataset in recipes.EQUAL else []
-        raise Refused(f"--recipe {name}: --dataset {dataset} has {', '.join(['paper', *names])}")
-    defaults |= all_recipes[key]
-    if name == "equal":
-        equal = recipes.EQUAL[dataset]
-        defaults |= scaled(args_class, defaults, equal["epochs"])
-        defaults |= recipes.PLAIN | equal
+        raise Refused(f"--dataset {dataset}: must be one of {', '.join(known)}")
+    is_equal = name == "equal" and dataset in recipes.EQUAL
+    key = dataset if name == "paper" or is_equal else f"{dataset} {name}"
+    if key not in all_recipes:
+        names = ["paper", "equal", *[key.split()[1] for key in all_recipes if key.startswith(dataset + " ")]]
+        raise Refused(f"--recipe {name}: for --dataset {dataset} there are {', '.join(names)}")
+    defaults = {field.name: field.default for field in dataclasses.fields(args_class)} | all_recipes[key]
+    if is_equal:
+        equal = recipes.PLAIN | recipes.EQUAL[dataset]
+        defaults |= scaled(args_class, defaults, equal["epochs"]) | equal
     return defaults
 
 
@@ -212,15 +201,15 @@ def scaled(args_class, defaults, epochs):
 def run(main, args_class, all_recipes, doc):
     """What a script does when it is started. Where the user can mend something: one line and exit code 2."""
     try:
-        main(parse(args_class, all_recipes, doc))
-        return
+        return main(parse(args_class, all_recipes, doc))
     except Refused as refused:
         message = str(refused).strip().splitlines()[-1]  # a loader process puts its traceback before it
-        message, code = message.rpartition("Refused: ")[2], 2
+        message = message.rpartition("Refused: ")[2]
     except torch.OutOfMemoryError as error:
-        message, code = f"out of memory ({str(error).splitlines()[0]}); halve --batch-size, then --resume", 1
+        message = f"out of memory ({str(error).splitlines()[0]}); halve --batch-size, then --resume"
     except KeyboardInterrupt:
-        message, code = "stopped; --resume goes on after the last whole epoch", 130
+        say("stopped; --resume goes on after the last whole epoch")
+        sys.exit(130)
     except (ValueError, RuntimeError) as error:
         if "more than 1 value per channel" in str(error):  # in the first step
             message = "BatchNorm sees one value per channel; raise --batch-size or --image-size"
@@ -228,8 +217,7 @@ def run(main, args_class, all_recipes, doc):
             message = "a loader process died; lower --num-workers, or raise the memory of /dev/shm"
         else:
             raise
-        code = 2
-    if os.environ.get("RANK", "0") != "0" and code == 2:
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # where the first process says it, too, the launcher ends this one before
     show(message, sys.stderr)
-    sys.exit(code)
+    sys.exit(2)

@@ -36,9 +36,8 @@ def coloured(images, colours):
     return (images[:, None].long() * colours // 255).to(torch.uint8)
 
 
-def make(images, labels, test_images, test_labels, generator):
-    """((images, labels), (test images, labels)) of grey ones. generator: NumPy's, after the cut was drawn."""
+def colour(images, labels, test_images, test_labels, generator):
+    """(images, labels, test images) from grey ones. generator: NumPy's, after the cut was drawn."""
     labels = noisy(labels, 0.25, generator)
     images = coloured(images, draw_colours(labels, generator, TAIL))
-    test_images = coloured(test_images, draw_colours(test_labels, np.random.RandomState(0)))
-    return (images, labels), (test_images, test_labels)
+    return images, labels, coloured(test_images, draw_colours(test_labels, np.random.RandomState(0)))

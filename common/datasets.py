@@ -136,18 +136,14 @@ def train_loader(dataset, args, weights=None, order=None, stream=0):
     """
     size = len(dataset)
     if size < args.batch_size:
-        raise Refused(
-            f"--batch-size {args.batch_size}: there are only {size} training images; use a smaller one"
-        )
+        raise Refused(f"--batch-size {args.batch_size}: there are {size} training images; use a smaller one")
 
-    def each_once(generator, epoch):
-        return torch.randperm(size, generator=generator)
-
-    def by_weight(generator, epoch):
+    def usual_order(generator, epoch):
+        if weights is None:
+            return torch.randperm(size, generator=generator)
         return draw(weights, size, generator)
 
-    order = order or (each_once if weights is None else by_weight)
-    sampler = EpochSampler(order, size, args.seed, stream)
+    sampler = EpochSampler(order or usual_order, size, args.seed, stream)
     return DataLoader(dataset, args.batch_size, sampler=sampler, drop_last=True, **options(dataset))
 
 
@@ -159,7 +155,11 @@ def test_loader(dataset, args):
 def options(dataset):
     """Keywords of a DataLoader. Data sets hand out whole batches, so there is nothing to collate."""
     pin = torch.cuda.is_available() and dataset.workers > 0
-    return dict(num_workers=dataset.workers, pin_memory=pin, collate_fn=lambda batch: batch)
+    return dict(num_workers=dataset.workers, pin_memory=pin, collate_fn=whole_batch)
+
+
+def whole_batch(batch):
+    return batch
 
 
 # ----------------------------------------------------------------------------------------- images with labels
@@ -187,7 +187,7 @@ class LabelledImages(Dataset):
         return self.labels.argsort(stable=True).split(self.class_counts.tolist())
 
     def of(self, images, labels):
-        """Other images, stored alike, with the same classes and augmentation."""
+        """Other images, stored alike, of the same classes."""
         other = copy.copy(self)
         other.images, other.labels = images, torch.as_tensor(labels, dtype=torch.int64)
         other.class_counts = torch.bincount(other.labels, minlength=self.num_classes)
@@ -213,13 +213,11 @@ class LabelledImages(Dataset):
 
 
 class ImagesInMemory(LabelledImages):
-    """images: uint8 [N, C, H, W]. The augmentation is of whole batches, or, with workers, of one image."""
+    """images: uint8 [N, C, H, W] on a device. The augmentation is of whole batches."""
 
     def __getitems__(self, indices):
         images = self.images[indices]
-        if self.augmentation and self.workers:
-            images = torch.stack([self.augmentation(image) for image in images])
-        elif self.augmentation:
+        if self.augmentation:
             images = self.augmentation(images)
         return images, self.labels[indices]
 
@@ -238,10 +236,9 @@ class ImageFiles(LabelledImages):
 
 
 def fit(size):
-    """Transform of an image to a square of `size` pixels; of a large one the centre is taken."""
-    return v2.Compose(
-        [v2.Resize(size if size <= IN_MEMORY_SIZE else round(size / 0.875)), v2.CenterCrop(size)]
-    )
+    """Transform of an image to a square of `size` pixels; of a large one only the centre is shown."""
+    side = size if size <= IN_MEMORY_SIZE else round(size / 0.875)
+    return v2.Compose([v2.Resize(side), v2.CenterCrop(size)])
 
 
 def read_image(path):
@@ -305,19 +302,17 @@ def in_memory(train, test, class_names, statistics, padding, args):
 
     On the device of this process, unless the augmentation goes image by image, in loader processes.
     """
-    batched = augment.of_batches(args.augment, padding)
-    single = padding and args.augment != "none" and not batched
-    device = "cpu" if single else PartialState().device
+    augmentation, in_workers = None, False
+    if padding and args.augment != "none":
+        augmentation, in_workers = augment.of_batches(args.augment, train[0].shape[-1], padding)
+    device = "cpu" if in_workers else PartialState().device
     train, test = (
         ImagesInMemory(images.contiguous(memory_format=torch.channels_last).to(device), labels, class_names,
                        tuple(images.shape[1:]), statistics)
         for images, labels in (train, test)
     )  # fmt: skip
-    if single:
-        train.augmentation = augment.of_images(args.augment, train.shape[-1], padding)
-        train.workers = max(args.num_workers, 1)
-    elif padding:
-        train.augmentation = batched
+    train.augmentation = augmentation
+    train.workers = args.num_workers if in_workers else 0
     return train, test
 
 
@@ -337,18 +332,16 @@ def load_torchvision(args):
     labels, test_labels, generator = np.array(train.targets), np.array(test.targets), np.random.RandomState(0)
     kept = cut(labels, len(train.classes), args.imbalance or 1, largest, generator)
     images, labels = torch.as_tensor(train.data[kept]), labels[kept]
-    test_images = torch.as_tensor(test.data)
-    if args.dataset.startswith("cifar"):
-        train_part, test_part = (
-            (images.permute(0, 3, 1, 2), labels),
-            (test_images.permute(0, 3, 1, 2), test_labels),
-        )
-        return in_memory(train_part, test_part, train.classes, CIFAR_STATISTICS, 4, args)
+    test_images, statistics, padding = torch.as_tensor(test.data), ((0.0,), (1.0,)), 0
     if args.dataset == "cmnist_lt":
-        train_part, test_part = cmnist.make(images, labels, test_images, test_labels, generator)
+        images, labels, test_images = cmnist.colour(images, labels, test_images, test_labels, generator)
+    elif images.ndim == 3:
+        images, test_images = images[:, None], test_images[:, None]
     else:
-        train_part, test_part = (images[:, None], labels), (test_images[:, None], test_labels)
-    return in_memory(train_part, test_part, train.classes, ((0.0,), (1.0,)), 0, args)
+        images, test_images = images.permute(0, 3, 1, 2), test_images.permute(0, 3, 1, 2)
+        statistics, padding = CIFAR_STATISTICS, 4
+    parts = (images, labels), (test_images, test_labels)
+    return in_memory(*parts, train.classes, statistics, padding, args)
 
 
 def load_files(args):
@@ -423,29 +416,27 @@ def read_folders(root, args):
     classes = []
     for part in parts:
         if not part.is_dir():
-            raise Refused(
-                f"--data-dir {root}: needs train/CLASS/ and test/CLASS/ or val/CLASS/; no {part.name}/"
-            )
-        folders = [entry.name for entry in part.iterdir() if entry.is_dir() and entry.name[0] not in "._"]
-        classes.append(sorted(folders))
-    names, test_names = classes
-    if names != test_names:
-        odd = sorted(set(names) ^ set(test_names))[0]
-        raise Refused(
-            f"{root}: class {odd} is in one of train/ and {parts[1].name}/ alone; remove it, or add it"
-        )
-    listed = []
+            raise Refused(f"--data-dir {root}: needs train/CLASS/, and test/CLASS/ or val/CLASS/; no {part}")
+        classes.append(sorted(entry.name for entry in part.iterdir() if entry.is_dir()))
+    for odd in sorted(set(classes[0]) ^ set(classes[1])):
+        sides = f"{parts[0].name}/ and {parts[1].name}/"
+        raise Refused(f"{root}: class {odd} is in one of {sides} alone; remove it there, or add it")
+    listed, others = [], []
     for part in parts:
         paths, labels = [], []
-        for k, name in enumerate(names):
+        for k, name in enumerate(classes[0]):
             for entry in sorted((part / name).iterdir()):
                 if entry.is_dir():
                     raise Refused(f"{entry}: a folder inside a class folder; move its images up, or it away")
                 if is_image_file(entry.name) and entry.name[0] != ".":
                     paths.append(str(entry.relative_to(root)))
                     labels.append(k)
+                else:
+                    others.append(entry)
         listed.append((paths, np.array(labels, dtype=np.int64)))
-    return names, IMAGENET_STATISTICS, *listed
+    if others:
+        say(f"note: {len(others)} files that are no images by their names are left out, such as {others[0]}")
+    return classes[0], IMAGENET_STATISTICS, *listed
 
 
 def read_lists(root, args):
@@ -481,11 +472,12 @@ def read_list(file, classes=None):
             file_of = {entry["id"]: entry["file_name"] for entry in content["images"]}
             entries = [(file_of[e["image_id"]], str(e["category_id"])) for e in content["annotations"]]
         else:
-            entries = [line.strip().rpartition(" ")[::2] for line in text.split("\n")]
+            lines = text.replace("\t", " ").split("\n")
+            entries = [line.strip().rpartition(" ")[::2] for line in lines]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         what = "JSON with images and annotations" if place == "annotation" else "a list in UTF-8"
         raise Refused(f"{file}: cannot be read as {what} ({type(error).__name__}: {error})") from None
-    label_at = {}
+    label_at, classes = {}, classes or len(entries)
     for number, (path, label) in enumerate(entries, 1):
         path, here = path.strip(), f"{file}, {place} {number}"
         if not path + label:
@@ -494,10 +486,8 @@ def read_list(file, classes=None):
             raise Refused(f"{here}: {path} {label}: not `relative/path label`, labels being 0, 1, ..")
         if path.startswith("/") or "\\" in path:
             raise Refused(f"{here}: {path}: write paths relative to --data-dir, with /")
-        if int(label) >= (classes or len(entries)):
-            raise Refused(
-                f"{here}: label {label} is too large; labels are 0 to {(classes or len(entries)) - 1}"
-            )
+        if int(label) >= classes:
+            raise Refused(f"{here}: label {label} is too large; labels are 0 to {classes - 1}")
         if label_at.setdefault(path, int(label)) != int(label):
             raise Refused(f"{here}: {path} has label {label} here and {label_at[path]} before")
     if not label_at:

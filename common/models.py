@@ -6,7 +6,6 @@ Every network takes pixels of 0..255, uint8 or float, and normalises them itself
 feature_map(images) -> [B, D, h, w], features(images) -> [B, D] and classifier(features) -> [B, K].
 """
 
-import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -207,28 +206,19 @@ def split_last_block(network):
 # ---------------------------------------------------------------------------------------------- finished runs
 
 
-def read_result(folder):
-    """The result of the finished run in `folder`, its options as a script's Args take them."""
-    try:
-        result = json.loads(Path(folder, "result.json").read_text())
-        options = {name: tuple(v) if isinstance(v, list) else v for name, v in result["args"].items()}
-        return {**result, "args": options}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Refused(f"{folder}: holds no finished run (result.json); finish it, or name another") from None
-
-
 def load(folder):
     """The trained network of the finished run in `folder`, to predict: network(pixels) -> logits [B, K].
 
     Made by the script of the run, which must be at hand. Its `images` tells classes and shape (C, H, W).
     """
-    result = read_result(folder)
     try:
-        script = importlib.import_module(Path(result["script"]).stem)
-        args = dataclasses.replace(script.Args(**result["args"]), pretrained=False)
+        result = json.loads(Path(folder, "result.json").read_text())
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in result["args"].items()}
         images = LabelledImages([], [], result["class_names"], result["shape"], result["statistics"])
-    except (ImportError, AttributeError, KeyError, TypeError) as error:
-        raise Refused(f"{folder}: its {result.get('script')} is not at hand as it was ({error})") from None
+        script = importlib.import_module(Path(result["script"]).stem)
+        args = script.Args(**{**options, "pretrained": False})
+    except (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError) as error:
+        raise Refused(f"{folder}: holds no finished run of a script that is at hand ({error})") from None
     network = script.make_model(images, args)
     load_weights(folder, network)
     network.images = images
@@ -238,12 +228,8 @@ def load(folder):
 def load_weights(folder, network):
     """Give the network the weights of the finished run in `folder`."""
     try:
-        weights = load_file(Path(folder, "model.safetensors"))
-    except Exception:  # it is not there, or damaged
+        network.load_state_dict(load_file(Path(folder, "model.safetensors")))
+    except RuntimeError as error:  # keys or shapes
+        raise Refused(f"{folder}: its network does not fit ({str(error).splitlines()[1].strip()})") from None
+    except Exception:  # not there, or damaged
         raise Refused(f"{folder}: holds no finished run (model.safetensors); name another") from None
-    own = network.state_dict()
-    for name in sorted({*weights, *own}):
-        shapes = [tuple(state[name].shape) if name in state else "missing" for state in (weights, own)]
-        if shapes[0] != shapes[1]:
-            raise Refused(f"{folder}: does not fit: {name} is {shapes[0]} there, {shapes[1]} here")
-    network.load_state_dict(weights)

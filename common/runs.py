@@ -8,6 +8,7 @@ OUTPUT/result.json          the result of the last epoch
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -30,11 +31,6 @@ from common.cli import Refused, flag, say, show
 from common.datasets import epoch_seed
 from common.evaluation import SPLITS
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
-
 FREE = ("output_dir", "data_dir", "resume", "overwrite", "num_workers", "log_with")  # may change on resuming
 CHECK_EVERY = 100  # steps between two looks at the loss
 
@@ -51,6 +47,7 @@ class Run:
         self.script = Path(sys.modules[type(args).__module__].__file__)
         name = [args.dataset, *([f"{args.imbalance:g}"] if args.imbalance else []), str(args.seed)]
         self.folder = Path(args.output_dir or Path("runs", self.script.stem, "_".join(name)))
+        self.facts = {"script": self.script.name, "mixed_precision": accelerator.mixed_precision}
         self.refuse_launch()
         if self.is_main:
             self.lock()
@@ -73,9 +70,7 @@ class Run:
         """Refused where the launcher's settings would train something else."""
         processes = self.accelerator.num_processes
         if int(os.environ.get("WORLD_SIZE", 1)) != processes:
-            raise Refused(
-                "several processes were started, but each sees itself alone; set ACCELERATE_USE_CPU=true"
-            )
+            raise Refused("several processes, each of which sees itself alone; set ACCELERATE_USE_CPU=true")
         if self.accelerator.gradient_accumulation_steps != 1:
             raise Refused("gradient accumulation: is not for these methods; lower --batch-size instead")
         for name, value in self.options.items():
@@ -89,8 +84,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock_file = open(self.folder / ".lock", "w")
-            if fcntl:
-                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused(f"--output-dir {self.folder}: a run is writing there; name another one") from None
         except OSError as error:
@@ -99,23 +93,18 @@ class Run:
     def find_checkpoint(self):
         """The checkpoint to go on from, or None for a new run. Refused where the folder fits neither."""
         file = self.folder / "checkpoint.pt"
+        if not file.exists() or self.args.overwrite:
+            if self.args.resume:
+                say(f"note: a new run begins in {self.folder}")
+            return None
         if not self.args.resume:
-            if file.exists() and not self.args.overwrite:
-                raise Refused(
-                    f"--output-dir {self.folder}: holds a run; add --resume to go on, or --overwrite"
-                )
-            return None
-        if not file.exists():
-            say(f"note: no checkpoint in {self.folder}, a new run begins")
-            return None
+            raise Refused(f"--output-dir {self.folder}: holds a run; add --resume to go on, or --overwrite")
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            then = {"script": checkpoint["script"], **checkpoint["options"]}
-        except Exception as error:  # a damaged file fails in many ways
-            raise Refused(
-                f"--resume: {file} cannot be read ({type(error).__name__}); --overwrite begins anew"
-            ) from None
-        for name, now in {"script": self.script.name, **self.options}.items():
+            then = checkpoint["facts"] | checkpoint["options"]
+        except Exception:  # a damaged file fails in many ways
+            raise Refused(f"--resume: {file} is no checkpoint, or damaged; --overwrite begins anew") from None
+        for name, now in (self.facts | self.options).items():
             if name not in FREE and then.get(name) != now:
                 raise Refused(f"{flag(name)} {now}: the run in {self.folder} has {then.get(name)}; give that")
         if checkpoint["threads"] != torch.get_num_threads():
@@ -126,9 +115,7 @@ class Run:
     def same_everywhere(self, what, value):
         """Refused where the processes have other values. Waits for all of them."""
         if len({json.dumps(other) for other in gather_object([value])}) > 1:
-            raise Refused(
-                f"the processes have other {what}; do they see the same --output-dir and --data-dir?"
-            )
+            raise Refused(f"the processes have other {what}; give them the same --output-dir, --data-dir")
 
     def set_data(self, train_set, *others):
         """Keep what the data are. All processes have to have the same, and a resumed run its own.
@@ -145,7 +132,7 @@ class Run:
             "class_counts": self.class_counts.tolist(),
             "imbalance_reached": (self.class_counts.max() / self.class_counts.min()).item(),
             "shape": list(train_set.shape),
-            "statistics": train_set.statistics,
+            "statistics": [list(values) for values in train_set.statistics],
             "data_sha256": hashes,
         }
 
@@ -210,7 +197,7 @@ class Run:
         self.history.append(line)
         if self.is_main:
             content = {
-                "script": self.script.name,
+                "facts": self.facts,
                 "options": self.options,
                 "threads": torch.get_num_threads(),
                 "data": self.data,
@@ -218,7 +205,9 @@ class Run:
                 "history": self.history,
                 "state": {name: thing.state_dict() for name, thing in self.objects.items()},
             }
-            save(self.folder / "checkpoint.pt", content)
+            if not all(value.isfinite().all() for value in content["state"]["model"].values()):
+                raise Refused("the weights are not finite; the checkpoint before is kept, lower --lr")
+            write(self.folder / "checkpoint.pt", content)
             write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}
         self.accelerator.log(numbers, step=epoch)
@@ -229,9 +218,9 @@ class Run:
 
     def finish(self, **facts):
         """The result of the last epoch, and facts: a dict, one JSON line on stdout, and result.json."""
-        state = self.objects["model"].state_dict()
+        state, device = self.objects["model"].state_dict(), self.accelerator.device
         weights = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-        device = self.accelerator.device
+        packages = torch, torchvision, accelerate, np
         result = {
             "script": self.script.name,
             "dataset": self.args.dataset,
@@ -245,9 +234,7 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "precision": self.accelerator.mixed_precision,
             "compiler": self.accelerator.state.dynamo_plugin.backend.value.lower(),
-            "versions": {
-                module.__name__: module.__version__ for module in (torch, torchvision, accelerate, np)
-            },
+            "versions": {package.__name__: package.__version__ for package in packages},
             "commit": commit(),
             "command": shlex.join(sys.argv),
             "script_sha256": hashlib.sha256(self.script.read_bytes()).hexdigest(),
@@ -285,21 +272,12 @@ def write(path, content):
         raise Refused(f"{path}: cannot be written ({error}); what was there is kept") from None
 
 
-def save(path, content):
-    """Write a checkpoint. Refused where weights are not finite."""
-    for state in content["state"].values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                raise Refused("weights are not finite; the checkpoint before is kept, lower --lr")
-    write(path, content)
-
-
 def sha256(tensors):
     """Of the names and bytes of tensors on the CPU, so that equality of two runs is one comparison."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -143,3 +143,12 @@ def jpeg_lists(tmp_path, jpegs):
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     lists = {f"{name}_list": str(tmp_path / f"{name}.txt") for name in ("train", "test")}
     return {**jpegs, "dataset": "image_list", **lists}
+
+
+def refusal(call, *args, **options):
+    """The one line with which a call is refused."""
+    with pytest.raises(cli.Refused) as refused:
+        call(*args, **options)
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
