@@ -6,8 +6,8 @@ Method:   1. draw backgrounds as they come, foregrounds with weight n_k^-r per i
           2. paste a box of each foreground onto a background                              Eq. (1), random_box
           3. loss = lam * loss(y of background) + (1 - lam) * loss(y of foreground)    Alg. 1, train_one_epoch
           The loss is cross-entropy, LDAM or Balanced Softmax, with or without deferred re-weighting (DRW).
-Differs:  as in the released code, half of the batches are mixed, none in the first 4 and last 3 epochs.
-          docs/cmo.md has the rest, and a command for every row of the paper's tables.
+Differs:  as in the released code, Eq. (2) is per image, half of the batches are mixed, none in the first 4
+          and last 3 epochs. docs/cmo.md has the rest, and a command for every row of the paper's tables.
 Expected: cifar100_lt, imbalance 100, ResNet-32: CE 43.9, CE-DRW 47.0, LDAM-DRW 47.2, BS 46.6 (paper).
 Run:      accelerate launch cmo.py --dataset cifar100_lt --loss ce --drw
 """
@@ -54,6 +54,7 @@ RECIPES = {
 }
 # fmt: on
 SCALE = 30.0  # LDAM's factor on the cosines
+ALONE = {"blur": v2.GaussianBlur(13, (0.1, 2.0)), "jitter": v2.ColorJitter(0.4, 0.4, 0.4, 0.1)}
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Args(cli.Args):
     drw_epoch: int = cli.option(160, "first 0-based epoch of that", least=0, is_epoch=True)
     mix: str = cli.option(
         "cutmix",
-        "cutmix: a box of the foreground is pasted (CMO); mixup, blur, jitter: Table 12; remix: Table 13",
+        "a box of the foreground is pasted (CMO), both are blended, that with Remix's labels, or the "
+        "foreground takes the background's place, blurred or jittered",
         choices=("cutmix", "mixup", "remix", "blur", "jitter"),
     )
     p_mix: float = cli.option(0.5, "probability that a batch is mixed; 0 trains without CMO", least=0, most=1)
@@ -74,7 +76,7 @@ class Args(cli.Args):
     effective: bool = cli.option(False, "weights by effective numbers instead of Eq. (2), its ablation E(k)")
     weighted: str = cli.option(
         "foreground",
-        "what is drawn with Eq. (2), Table 11; none: foregrounds are the batch reordered (plain CutMix)",
+        "what is drawn with Eq. (2); none: foregrounds are the batch reordered (plain CutMix, mixup, Remix)",
         choices=("foreground", "background", "both", "none"),
     )
 
@@ -97,12 +99,11 @@ def random_box(lam, height, width, rng):
     y, x = rng.integers(height), rng.integers(width)
     half_height = int(height * (1 - lam) ** 0.5) // 2  # an odd side loses a pixel, as in the released code
     half_width = int(width * (1 - lam) ** 0.5) // 2
-    return (
-        max(y - half_height, 0),
-        min(y + half_height, height),
-        max(x - half_width, 0),
-        min(x + half_width, width),
-    )
+    top = max(y - half_height, 0)
+    bottom = min(y + half_height, height)
+    left = max(x - half_width, 0)
+    right = min(x + half_width, width)
+    return top, bottom, left, right
 
 
 def remix_share(lam, n_background, n_foreground, kappa=3.0, tau=0.5):
@@ -113,22 +114,17 @@ def remix_share(lam, n_background, n_foreground, kappa=3.0, tau=0.5):
     return share
 
 
-def mix(images, labels, foregrounds, foreground_labels, class_counts, rng, args):
-    """(mixed images [B, C, H, W], the background's share of each label, a number or [B]), Eq. (1)."""
+def mix(images, foregrounds, rng, args):
+    """(mixed images [B, C, H, W], the background's share of them), Eq. (1). Overwrites images."""
     lam = rng.beta(args.alpha, args.alpha)
     if args.mix == "cutmix":
         height, width = images.shape[2:]
         top, bottom, left, right = random_box(lam, height, width, rng)
         images[:, :, top:bottom, left:right] = foregrounds[:, :, top:bottom, left:right]
         return images, 1 - (bottom - top) * (right - left) / (height * width)  # what is left after clipping
-    if args.mix == "blur":
-        return torch.stack([v2.GaussianBlur(13, (0.1, 2.0))(image) for image in foregrounds]), 0.0
-    if args.mix == "jitter":
-        return torch.stack([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)(image) for image in foregrounds]), 0.0
-    share = lam
-    if args.mix == "remix":
-        share = remix_share(lam, class_counts[labels], class_counts[foreground_labels])
-    return lam * images + (1 - lam) * foregrounds, share
+    if args.mix in ALONE:
+        return torch.stack([ALONE[args.mix](image) for image in foregrounds]), 0.0
+    return lam * images + (1 - lam) * foregrounds, lam
 
 
 def image_losses(logits, labels, class_counts, loss):
@@ -167,10 +163,12 @@ def train_one_epoch(run, model, backgrounds, foregrounds, optimizer, class_count
         if mixing and run.rng.random() < args.p_mix:
             if args.weighted == "none":
                 order = torch.randperm(len(labels), device=labels.device)
-                other_images, other_labels = images[order], labels[order]
+                others, other_labels = images[order], labels[order]
             else:
-                other_images, other_labels = next(foregrounds)  # line 6
-            images, share = mix(images, labels, other_images, other_labels, class_counts, run.rng, args)
+                others, other_labels = next(foregrounds)  # line 6
+            images, share = mix(images, others, run.rng, args)
+            if args.mix == "remix":
+                share = remix_share(share, class_counts[labels], class_counts[other_labels])
             logits = model(images)
             loss = batch_loss(logits, labels, share) + batch_loss(logits, other_labels, 1 - share)  # line 9
         else:

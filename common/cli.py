@@ -132,12 +132,8 @@ def parse(args_class, all_recipes, doc, argv=None):
     first.add_argument("--epochs", type=int)
     chosen = first.parse_known_args(words)[0]
     defaults = find_recipe(args_class, all_recipes, chosen.dataset, chosen.recipe)
-    if chosen.epochs and chosen.epochs > 0:
-        changed = scaled(args_class, defaults, chosen.epochs)
-        if changed:
-            values = ", ".join(f"{flag(name)} {value}" for name, value in changed.items())
-            say(f"note: for --epochs {chosen.epochs}: {values}")
-        defaults |= changed
+    changed = scaled(args_class, defaults, max(chosen.epochs or defaults["epochs"], 1))
+    defaults |= changed
 
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     own = parser.add_argument_group("options of the method")
@@ -163,6 +159,9 @@ def parse(args_class, all_recipes, doc, argv=None):
         hint = f"; did you mean {near[0]}?" if near else "; --help lists them all"
         raise Refused(f"{unknown[0]}: no such option{hint}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    taken = [f"{flag(name)} {value}" for name, value in changed.items() if values[name] == value]
+    if taken:
+        say(f"note: for --epochs {chosen.epochs}: {', '.join(taken)}")
     return args_class(**values)
 
 

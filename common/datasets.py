@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,12 +155,17 @@ def test_loader(dataset, args):
 
 def options(dataset):
     """Keywords of a DataLoader. Data sets hand out whole batches, so there is nothing to collate."""
-    pin = torch.cuda.is_available() and dataset.workers > 0
-    return dict(num_workers=dataset.workers, pin_memory=pin, collate_fn=whole_batch)
+    keywords = dict(num_workers=dataset.workers, collate_fn=whole_batch, worker_init_fn=ignore_interrupts)
+    return dict(keywords, pin_memory=torch.cuda.is_available() and dataset.workers > 0)
 
 
 def whole_batch(batch):
     return batch
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C goes to all processes; the training process ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------- images with labels

@@ -148,7 +148,7 @@ def imagenet_backbone(arch, channels, narrow, pretrained):
         net.inplanes = 128 * block.expansion
         net.layer3 = net._make_layer(block, round(256 * narrow), blocks[2], stride=2)
         net.layer4 = net._make_layer(block, round(512 * narrow), blocks[3], stride=2)
-        for module in net.modules():
+        for module in [*net.layer3.modules(), *net.layer4.modules()]:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if channels != 3:
