@@ -318,8 +318,8 @@ def test_feature_distances():
     features[3], features[4] = 2 * features[5], 0
     closeness, to_positive, to_negative = crl.instance_level(features)
     normalised = F.normalize(features, dim=1)
-    close(to_positive, (normalised[:, None] - normalised).norm(dim=2), 1e-6)
-    assert to_negative.equal(to_positive) and to_positive[3, 5] < 1e-6
+    close(to_positive, (normalised[:, None] - normalised).norm(dim=2), 1e-4)
+    assert to_negative.equal(to_positive) and to_positive[3, 5] == 0
     assert (closeness.argmax(1) == torch.arange(20)).all()
 
 
@@ -408,8 +408,10 @@ def tiny(folder, name, **more):
 
 
 def test_without_it_a_run_is_that_of_cmo(tmp_path):
-    plain = run_here("cmo.py", **TINY, output_dir=tmp_path / "cmo", p_mix=0.0)["weights_sha256"]
-    assert tiny(tmp_path, "alpha", level="class", alpha=0.0)["weights_sha256"] == plain
+    short = dict(TINY, epochs=1, lr_steps=(), arch="lenet")
+    plain = run_here("cmo.py", **short, output_dir=tmp_path / "cmo", p_mix=0.0)["weights_sha256"]
+    result = run_here(SCRIPT, **short, output_dir=tmp_path / "alpha", level="class", alpha=0.0)
+    assert result["weights_sha256"] == plain
 
 
 @pytest.mark.parametrize("level", LEVELS)

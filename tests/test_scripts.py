@@ -1,5 +1,6 @@
 """What holds for every script: help, short runs, equal recipes, kills, processes, precision, compilation."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -120,7 +121,9 @@ def test_short_runs_of_every_recipe(script, capsys):
     """`--epochs 2` is understood with each, what counts epochs is scaled, and it is said."""
     module = importlib.import_module(script[:-3])
     assert set(recipes.OWN) <= set(module.RECIPES)
+    fields = {field.name for field in dataclasses.fields(module.Args)}
     for key in module.RECIPES:
+        assert set(module.RECIPES[key]) <= fields
         dataset, *name = key.split()
         chosen = ["--dataset", dataset, *(["--recipe", *name] if name else [])]
         whole = parse(script, *chosen)
@@ -128,7 +131,7 @@ def test_short_runs_of_every_recipe(script, capsys):
         short = parse(script, *chosen, "--epochs", "2")
         told = capsys.readouterr().err
         assert short.epochs == 2
-        for field in cli.dataclasses.fields(whole):
+        for field in dataclasses.fields(whole):
             if field.metadata["is_epoch"] and getattr(short, field.name) != getattr(whole, field.name):
                 assert cli.flag(field.name) in told
             elif field.name != "epochs" and not field.metadata["is_epoch"]:
