@@ -2,15 +2,14 @@
 
 Paper:    J.-X. Shi, T. Wei, Y. Xiang, Y.-F. Li, "How Re-sampling Helps for Long-Tail Learning?",
           NeurIPS 2023, arXiv:2310.18236.
-Method:   1. one network, two heads: head_u learns from images as they come, head_b from balanced
-             ones                                                                                TwoHeads
+Method:   1. one network, two heads: head_u learns from natural batches, head_b from balanced ones    TwoHeads
           2. images of which head_u is sure, p(label) >= delta, go into a bank, with a mask M of what is
-             background in them                                               background_masks, harvest, Bank
+             background in them                                                      background_masks, harvest
           3. every balanced image gets the background of one of them and keeps its label:
              lam * M * context + (1 - lam * M) * image, lam ~ U(0, 1)                                    blend
-          4. loss = CE(head_u, natural batch) + CE(head_b, balanced batch)           Alg. 1, train_one_epoch
+          4. loss = CE(head_u, natural batch) + CE(head_b, balanced batch)             Alg. 1, train_one_epoch
 Differs:  as in the released code, the bank is emptied every epoch, head_b learns from epoch 10 on, and M is
-          (1 - Grad-CAM)^2. Several processes have a bank each. docs/csa.md has the rest.
+          (1 - Grad-CAM)^2. docs/csa.md has the rest, and a command for every row of the paper's tables.
 Expected: ResNet-32, imbalance 100: cifar100_lt 45.8 (46.6 with mixup), cifar10_lt 80.6 (82.5) (paper).
 Run:      accelerate launch csa.py --dataset cifar100_lt
 """
@@ -23,20 +22,26 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from torch import nn
 
 from common import cli, datasets, evaluation, models, recipes
+from common.cli import Refused
 from common.runs import Run
 
-# Settings of the released code (CIFAR, ImageNet-LT) and our own (the rest), one row per data set.
+# Settings of the released code, and ours where it has none. splits: the paper's groups at imbalance 100.
 # fmt: off
 CIFAR = dict(arch="resnet32", epochs=200, lr=0.2, lr_steps=(160, 180), warmup=5, wd=2e-4, start=10)
 LARGE = dict(arch="resnet10", imbalance=None, epochs=90, batch_size=256, lr=0.2, cosine=True, wd=5e-4,
              augment="jitter", start=10)
+MNIST = dict(recipes.MNIST, arch="resnet8", splits=(1500, 200), start=1)
 RECIPES = {
-    "cifar10_lt": CIFAR,
-    "cifar100_lt": CIFAR,
-    "imagenet_lt": LARGE,
+    "synthetic": dict(recipes.SYNTHETIC, start=4),
+    "cifar10_lt": dict(CIFAR, splits=(1500, 200)),
+    "cifar100_lt": dict(CIFAR, splits=(95, 19)),
+    "imagenet_lt": dict(LARGE, splits=(99, 21)),
+    "inat2018": dict(recipes.INAT, start=10),
+    "mnist_lt": MNIST,
+    "fashion_mnist_lt": MNIST,
+    "cmnist_lt": MNIST,
     "image_folder": dict(recipes.FILES, start=10),
     "image_list": dict(recipes.FILES, start=10),
-    "synthetic": dict(recipes.SYNTHETIC, start=4),
 }
 # fmt: on
 HEADS = ("u", "b", "average")
@@ -45,11 +50,11 @@ HEADS = ("u", "b", "average")
 @dataclass
 class Args(cli.Args):
     start: int = cli.option(0, "first 0-based epoch in which head_b learns", least=0, is_epoch=True)
-    bank: bool = cli.option(True, "blend contexts into the balanced images; --no-bank is the paper's w/o Q")
+    bank: int = cli.option(1, "contexts kept, in batches; 0 blends none, the paper's w/o Q", least=0)
     delta: float = cli.option(0.8, "an image is a context if p(label) is at least this", least=0, most=1)
-    mixup: float = cli.option(
-        0.0, "mixup of the natural batch, lambda ~ Beta(mixup, mixup); 0: none", least=0
-    )
+    lam_min: float = cli.option(0.0, "lambda ~ U(lam-min, lam-max), the strength of a blend", least=0, most=1)
+    lam_max: float = cli.option(1.0, "see --lam-min", least=0, most=1)
+    mixup: float = cli.option(0.0, "mixup of the natural batch, Beta's parameter; 0: none", least=0)
     mixup_end: int = cli.option(3, "epochs without mixup at the end", least=0, is_epoch=True)
     prediction: str = cli.option("b", "head that predicts, or the mean of their logits", choices=HEADS)
 
@@ -79,11 +84,11 @@ class TwoHeads(nn.Module):
 def background_masks(maps, weights, size):
     """M = (1 - cam)^2 [B, 1, H, W]: 1 on background, 0 on the object.
 
-    cam = ReLU(sum over channels of weights * maps), of each image scaled to 0..1, resized to (H, W). With
-    average pooling and a linear head the weights of Grad-CAM are those of the true class, up to a factor.
-    maps [B, D, h, w], weights [B, D].
+    cam = ReLU(sum over channels of weights [B, D] * maps [B, D, h, w]), each image's scaled to 0..1, resized.
+    With average pooling and a linear head Grad-CAM's weights are the true class's, up to a factor.
     """
-    cam = F.relu((weights[:, :, None, None] * maps).sum(1, keepdim=True))
+    weights = weights[:, :, None, None]
+    cam = F.relu((weights * maps).sum(1, keepdim=True))
     cam = cam - cam.amin((2, 3), keepdim=True)
     cam = cam / cam.amax((2, 3), keepdim=True).clamp(min=1e-12)  # a cam of zeros: all is background
     cam = F.interpolate(cam, size, mode="bicubic", align_corners=False).clamp(0, 1)
@@ -92,63 +97,63 @@ def background_masks(maps, weights, size):
 
 @torch.no_grad()
 def harvest(network, images, labels, delta):
-    """(images, masks) of those natural images of which head_u is sure, in eval mode."""
+    """Contexts [n, C + 1, H, W]: the images of which head_u is sure, in eval mode, masks behind them."""
     network.eval()
     maps = network.feature_map(images).float()
     masks = background_masks(maps, network.classifier.weight[labels], images.shape[2:])
     p = network.classifier(network.pool(maps)).softmax(1)
     sure = p.gather(1, labels[:, None])[:, 0] >= delta
+    contexts = torch.cat([images, masks], dim=1)
     network.train()
-    return images[sure], masks[sure]
+    return contexts[sure]
 
 
-class Bank:
-    """The last `size` contexts, images with their masks, first in, first out."""
-
-    def __init__(self, size):
-        self.size = size
-        self.images = self.masks = None
-
-    def push(self, images, masks):
-        if self.images is not None:
-            images = torch.cat([self.images, images])
-            masks = torch.cat([self.masks, masks])
-        self.images = images[-self.size :]
-        self.masks = masks[-self.size :]
-
-    def is_full(self):
-        return len(self.images) == self.size
-
-    def shuffled(self):
-        """(images, masks) of all, in random order."""
-        order = torch.randperm(self.size, device=self.images.device)
-        return self.images[order], self.masks[order]
+def blend(images, contexts, lam):
+    """lam * M * context + (1 - lam * M) * image, [B, C, H, W]. contexts [B, C + 1, H, W], M behind them."""
+    share = lam * contexts[:, -1:]
+    contexts = contexts[:, :-1]
+    return (1 - share) * images + share * contexts
 
 
-def blend(images, contexts, masks, lam):
-    """lam * M * context + (1 - lam * M) * image. [B, C, H, W] both, masks M [B, 1, H, W]."""
-    return lam * masks * contexts + (1 - lam * masks) * images
+def make_model(dataset, args):
+    network = models.build(args.arch, dataset, args.seed, pretrained=args.pretrained)
+    another = models.build(args.arch, dataset, args.seed + 1)
+    if args.bank:
+        maps = network.eval().feature_map(torch.zeros(1, *dataset.shape))
+        if maps.shape[1] != network.classifier.in_features or maps[0, 0].numel() == 1:
+            raise Refused(f"--arch {args.arch}: no places in its feature map; use resnet32, or --bank 0")
+    return TwoHeads(network, another.classifier, args.prediction)
 
 
 def train_one_epoch(run, model, loader, balanced_loader, optimizer, epoch, args):
     model.train()
     two_heads = run.unwrap(model)
-    bank = Bank(args.batch_size // run.accelerator.num_processes)  # Alg. 1, line 3
-    for (images, labels), (others, other_labels) in zip(run.steps(loader), balanced_loader, strict=True):
-        if epoch < args.start:
-            others = None
-        elif args.bank:
-            bank.push(*harvest(two_heads.network, images, labels, args.delta))  # lines 11 to 13
-            if bank.is_full():
-                others = blend(others, *bank.shuffled(), lam=run.rng.uniform())  # lines 19 to 21
+    bank = torch.empty(0, device=run.accelerator.device)  # Alg. 1, line 3
+    bank_size = args.bank * args.batch_size // run.accelerator.num_processes
+    balanced = iter(balanced_loader)
+    for images, labels in run.steps(loader):
+        others = None
+        lam = run.rng.uniform(args.lam_min, args.lam_max)
+        if epoch >= args.start:
+            others, other_labels = next(balanced)
+        if epoch >= args.start and args.bank:
+            with run.accelerator.autocast():
+                contexts = harvest(two_heads.network, images, labels, args.delta)
+            bank = torch.cat([bank, contexts])[-bank_size:]  # lines 11 to 13
+            if len(bank) >= len(images):
+                order = torch.randperm(len(bank), device=bank.device)
+                contexts = bank[order[: len(images)]]
+                others = blend(others, contexts, lam)  # lines 19 to 21
             else:
                 others = None  # line 27
 
         if args.mixup and epoch < args.epochs - args.mixup_end:
             share = run.rng.beta(args.mixup, args.mixup)
             order = torch.randperm(len(labels), device=labels.device)
-            z_u, z_b = model(share * images + (1 - share) * images[order], others)
-            loss = share * F.cross_entropy(z_u, labels) + (1 - share) * F.cross_entropy(z_u, labels[order])
+            mixed = share * images + (1 - share) * images[order]
+            z_u, z_b = model(mixed, others)
+            loss = share * F.cross_entropy(z_u, labels)
+            loss = loss + (1 - share) * F.cross_entropy(z_u, labels[order])
         else:
             z_u, z_b = model(images, others)
             loss = F.cross_entropy(z_u, labels)
@@ -157,7 +162,7 @@ def train_one_epoch(run, model, loader, balanced_loader, optimizer, epoch, args)
         optimizer.zero_grad()
         run.accelerator.backward(loss)
         optimizer.step()
-        run.log(loss=loss)
+        run.log(loss=loss, balanced=loss.new_full((), z_b is not None))
 
 
 def main(args: Args) -> dict:
@@ -167,24 +172,20 @@ def main(args: Args) -> dict:
     run = Run(accelerator, args)
     train_set, test_set = datasets.load(args)
     run.set_data(train_set, test_set)
-    uniform_loader = datasets.train_loader(train_set, args, stream=0)
+    loader = datasets.train_loader(train_set, args, stream=0)
     balanced_loader = datasets.train_loader(train_set, args, order=datasets.class_aware(train_set), stream=1)
     test_loader = datasets.test_loader(test_set, args)
-    head_b = models.build(args.arch, train_set, args.seed + 1).classifier
-    model = TwoHeads(models.build(args.arch, train_set, args.seed), head_b, args.prediction)
+    model = make_model(train_set, args)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)
     model, optimizer = accelerator.prepare(model, optimizer)
-    uniform_loader, balanced_loader, test_loader = accelerator.prepare(
-        uniform_loader, balanced_loader, test_loader
-    )
+    loader, balanced_loader, test_loader = accelerator.prepare(loader, balanced_loader, test_loader)
 
     for epoch in run.epochs(range(args.epochs), model=model, optimizer=optimizer):
-        uniform_loader.set_epoch(epoch)
+        loader.set_epoch(epoch)
         balanced_loader.set_epoch(epoch)
         optimizer.param_groups[0]["lr"] = recipes.learning_rate(epoch, args)
-        train_one_epoch(run, model, uniform_loader, balanced_loader, optimizer, epoch, args)
-        accuracy = evaluation.per_split(run, model, test_loader)
-        run.end_epoch(epoch, accuracy)
+        train_one_epoch(run, model, loader, balanced_loader, optimizer, epoch, args)
+        run.end_epoch(epoch, evaluation.per_split(run, model, test_loader))
 
     predictions = {}
     for head in HEADS:
