@@ -15,14 +15,14 @@ $(BIN)/ruff: requirements-test.txt $(BIN)/accelerate
 	touch $@
 
 demo: $(BIN)/accelerate
-	$(BIN)/accelerate launch cmo.py --overwrite --paste none --output-dir runs/demo/ce
-	$(BIN)/accelerate launch cmo.py --overwrite --drw --output-dir runs/demo/cmo
-	$(BIN)/python -m common.compare runs/demo/ce runs/demo/cmo
+	$(BIN)/python cmo.py --overwrite --p-mix 0 --output-dir runs/demo/ce
+	$(BIN)/python cmo.py --overwrite --drw --output-dir runs/demo/cmo
+	$(BIN)/python -m tools.compare runs/demo/ce runs/demo/cmo
 
 test: $(BIN)/ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(BIN)/ruff
 	$(BIN)/python -m pytest -n 2 -m slow

@@ -45,10 +45,10 @@ ADAPTORS = ("parabolic", "linear", "cosine", "increment", "equal")
 
 @dataclass
 class Args(cli.Args):
-    adaptor: str = cli.option("parabolic", "how alpha falls with the epochs (Table 5)", choices=ADAPTORS)
-    alpha_epochs: int | None = cli.option(None, "T of alpha (default: --epochs)", least=1, is_epoch=True)
+    adaptor: str = cli.option("parabolic", "how alpha changes with the epochs (Table 5)", choices=ADAPTORS)
+    alpha_epochs: int | None = cli.option(None, "T of alpha, if not --epochs", least=1, is_epoch=True)
     q: float = cli.option(-1.0, "second batch: class k with ~ n_k^q; -1 reversed, 0 balanced, 1 natural")
-    beta: float = cli.option(0.0, "alpha ~ Beta(beta, beta) of each batch instead; 0: none", least=0)
+    beta: float = cli.option(0.0, "alpha ~ Beta(beta, beta), whatever the adaptor; 0: not", least=0)
     manifold: bool = cli.option(False, "one network instead of BBN: manifold mixup of the two batches")
 
 
@@ -57,9 +57,9 @@ def image_weights(dataset, q=-1.0):
     return dataset.class_counts.double().pow(q - 1)[dataset.labels]
 
 
-def alpha_at(epoch, epochs, adaptor="parabolic"):
-    """alpha of the 0-based `epoch`, and its ablations."""
-    t = min(epoch / epochs, 1.0)
+def alpha_at(epoch, total, adaptor="parabolic"):
+    """alpha of the 0-based `epoch` of T = `total`, by the paper's adaptor or one of its ablations."""
+    t = min(epoch / total, 1.0)
     return {
         "parabolic": 1 - t**2,
         "linear": 1 - t,
@@ -70,8 +70,8 @@ def alpha_at(epoch, epochs, adaptor="parabolic"):
 
 
 class BBN(nn.Module):
-    """z = W [2 alpha f_c ; 2 (1 - alpha) f_r] + b, f_c of `images`, f_r of `others`; z [B, K].
-    To predict, both blocks see the same images and alpha is 1/2."""
+    """z = W [2 alpha f_c ; 2 (1 - alpha) f_r] + b, f_c of x_c, f_r of x_r; z [B, K], features [B, D].
+    To predict, both blocks see the same images and alpha is 1/2: hence the factor 2."""
 
     def __init__(self, network, another):
         super().__init__()
@@ -79,10 +79,10 @@ class BBN(nn.Module):
         _, self.rb_block = models.split_last_block(another)
         self.classifier = nn.Linear(2 * network.classifier.in_features, network.classifier.out_features)
 
-    def forward(self, images, others=None, alpha=0.5):
-        lower = self.trunk(images)
-        f_c = self.cb_block(lower)
-        f_r = self.rb_block(lower if others is None else self.trunk(others))
+    def forward(self, x_c, x_r=None, alpha=0.5):
+        maps = self.trunk(x_c)
+        f_c = self.cb_block(maps)  # a block ends with the pooling
+        f_r = self.rb_block(maps if x_r is None else self.trunk(x_r))
         return self.classifier(torch.cat([2 * alpha * f_c, 2 * (1 - alpha) * f_r], dim=1))
 
 
@@ -93,9 +93,9 @@ class ManifoldMixup(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images, others=None, alpha=1.0):
-        z_c = self.network(images)
-        return z_c if others is None else alpha * z_c + (1 - alpha) * self.network(others)
+    def forward(self, x_c, x_r=None, alpha=1.0):
+        z_c = self.network(x_c)
+        return z_c if x_r is None else alpha * z_c + (1 - alpha) * self.network(x_r)
 
 
 def make_model(dataset, args):
@@ -103,17 +103,17 @@ def make_model(dataset, args):
     if args.manifold:
         return ManifoldMixup(network)
     another = models.build(args.arch, dataset, args.seed + 1, pretrained=args.pretrained)  # they start apart
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # for BBN's classifier
     return BBN(network, another)
 
 
 def train_one_epoch(run, model, loader, reversed_loader, optimizer, epoch, args):
     model.train()
     alpha = alpha_at(epoch, args.alpha_epochs or args.epochs, args.adaptor)
-    for (images, y_c), (others, y_r) in zip(run.steps(loader), reversed_loader, strict=True):
+    for (x_c, y_c), (x_r, y_r) in zip(run.steps(loader), reversed_loader, strict=True):
         if args.beta:
             alpha = run.rng.beta(args.beta, args.beta)
-        z = model(images, others, alpha)  # Alg. 1, lines 5 to 7
+        z = model(x_c, x_r, alpha)  # Alg. 1, lines 5 to 7
         loss = alpha * F.cross_entropy(z, y_c) + (1 - alpha) * F.cross_entropy(z, y_r)  # line 9
         optimizer.zero_grad()
         run.accelerator.backward(loss)

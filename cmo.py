@@ -61,11 +61,10 @@ ALONE = {"blur": v2.GaussianBlur(13, (0.1, 2.0)), "jitter": v2.ColorJitter(0.4, 
 class Args(cli.Args):
     loss: str = cli.option("ce", "cross-entropy, LDAM or Balanced Softmax", choices=("ce", "ldam", "bs"))
     drw: bool = cli.option(False, "deferred re-weighting: effective-number weights from --drw-epoch on")
-    drw_epoch: int = cli.option(160, "first 0-based epoch of that", least=0, is_epoch=True)
+    drw_epoch: int = cli.option(160, "first 0-based epoch with these weights", least=0, is_epoch=True)
     mix: str = cli.option(
         "cutmix",
-        "a box of the foreground is pasted (CMO), both are blended, that with Remix's labels, or the "
-        "foreground takes the background's place, blurred or jittered",
+        "CMO pastes a box; mixup and Remix blend; blur, jitter: foregrounds replace backgrounds",
         choices=("cutmix", "mixup", "remix", "blur", "jitter"),
     )
     p_mix: float = cli.option(0.5, "probability that a batch is mixed; 0 trains without CMO", least=0, most=1)
@@ -82,14 +81,14 @@ class Args(cli.Args):
 
 
 def image_weights(dataset, r=1.0, effective=False):
-    """Eq. (2): n_k^-r for each image of class k, [N]. Draws are then of class k with ~ n_k^(1 - r)."""
+    """Eq. (2): n_k^-r for each image of class k, [N]; so class k is drawn with ~ n_k^(1 - r). Or E(k)."""
     if effective:
         return effective_weights(dataset.class_counts)[dataset.labels]
     return dataset.class_counts.double().pow(-r)[dataset.labels]
 
 
 def effective_weights(class_counts, beta=0.9999):
-    """DRW: weight of each class [K], ~ (1 - beta) / (1 - beta^n_k), mean 1."""
+    """Weight of each class [K] by its effective number, ~ (1 - beta) / (1 - beta^n_k), mean 1."""
     weights = (1 - beta) / (1 - beta ** class_counts.double())
     return (weights / weights.mean()).float()
 
@@ -138,16 +137,17 @@ def image_losses(logits, labels, class_counts, loss):
 
 
 def weighted_mean(accelerator, losses, weights):
-    """sum(w l) / sum(w) over the batch of all processes: their gradients are averaged."""
+    """sum(w l) / sum(w) over the batch of all processes, whose gradients are averaged: hence the mean sum."""
     return (weights * losses).sum() / accelerator.reduce(weights.sum(), reduction="mean")
 
 
 def make_model(dataset, args):
-    cosine = SCALE if args.loss == "ldam" else None
-    return models.build(args.arch, dataset, args.seed, cosine, args.pretrained)
+    scale = SCALE if args.loss == "ldam" else None
+    return models.build(args.arch, dataset, args.seed, cosine=scale, pretrained=args.pretrained)
 
 
 def train_one_epoch(run, model, backgrounds, foregrounds, optimizer, class_counts, epoch, args):
+    """One epoch. images: uint8 pixels [B, C, H, W], which the network normalises; class_counts [K]."""
     model.train()
     mixing = args.mix_start <= epoch < args.epochs - args.mix_end
     class_weights = torch.ones_like(class_counts)

@@ -52,8 +52,6 @@ class Args(cli.Args):
     start: int = cli.option(0, "first 0-based epoch in which head_b learns", least=0, is_epoch=True)
     bank: int = cli.option(1, "contexts kept, in batches; 0 blends none, the paper's w/o Q", least=0)
     delta: float = cli.option(0.8, "an image is a context if p(label) is at least this", least=0, most=1)
-    lam_min: float = cli.option(0.0, "lambda ~ U(lam-min, lam-max), the strength of a blend", least=0, most=1)
-    lam_max: float = cli.option(1.0, "see --lam-min", least=0, most=1)
     mixup: float = cli.option(0.0, "mixup of the natural batch, Beta's parameter; 0: none", least=0)
     mixup_end: int = cli.option(3, "epochs without mixup at the end", least=0, is_epoch=True)
     prediction: str = cli.option("b", "head that predicts, or the mean of their logits", choices=HEADS)
@@ -72,7 +70,7 @@ class TwoHeads(nn.Module):
         self.prediction = prediction
 
     def forward(self, images, others=None):
-        if self.training:
+        if self.training:  # the balanced batch first: the order in which BatchNorm sees them
             z_b = None if others is None else self.head_b(self.network.features(others))
             return self.network(images), z_b
         features = self.network.features(images)
@@ -110,9 +108,8 @@ def harvest(network, images, labels, delta):
 
 def blend(images, contexts, lam):
     """lam * M * context + (1 - lam * M) * image, [B, C, H, W]. contexts [B, C + 1, H, W], M behind them."""
-    share = lam * contexts[:, -1:]
-    contexts = contexts[:, :-1]
-    return (1 - share) * images + share * contexts
+    backgrounds, masks = contexts[:, :-1], contexts[:, -1:]
+    return (1 - lam * masks) * images + lam * masks * backgrounds
 
 
 def make_model(dataset, args):
@@ -120,32 +117,34 @@ def make_model(dataset, args):
     another = models.build(args.arch, dataset, args.seed + 1)
     if args.bank:
         maps = network.eval().feature_map(torch.zeros(1, *dataset.shape))
-        if maps.shape[1] != network.classifier.in_features or maps[0, 0].numel() == 1:
+        if maps.shape[1] != network.classifier.in_features or maps[0, 0].numel() == 1:  # LeNet, or one pixel
             raise Refused(f"--arch {args.arch}: no places in its feature map; use resnet32, or --bank 0")
     return TwoHeads(network, another.classifier, args.prediction)
 
 
 def train_one_epoch(run, model, loader, balanced_loader, optimizer, epoch, args):
+    """One epoch of Alg. 1. images: uint8 pixels [B, C, H, W], which the network normalises."""
     model.train()
-    two_heads = run.unwrap(model)
-    bank = torch.empty(0, device=run.accelerator.device)  # Alg. 1, line 3
+    two_heads = run.unwrap(model)  # harvest goes round what wraps it for several processes
+    bank = torch.empty(0, device=run.accelerator.device)  # line 3, in every epoch, as in the released code
     bank_size = args.bank * args.batch_size // run.accelerator.num_processes
     balanced = iter(balanced_loader)
     for images, labels in run.steps(loader):
         others = None
-        lam = run.rng.uniform(args.lam_min, args.lam_max)
+        lam = (
+            run.rng.uniform()
+        )  # in every step: all processes draw the same, and their banks fill at other times
         if epoch >= args.start:
             others, other_labels = next(balanced)
-        if epoch >= args.start and args.bank:
-            with run.accelerator.autocast():
-                contexts = harvest(two_heads.network, images, labels, args.delta)
-            bank = torch.cat([bank, contexts])[-bank_size:]  # lines 11 to 13
-            if len(bank) >= len(images):
-                order = torch.randperm(len(bank), device=bank.device)
-                contexts = bank[order[: len(images)]]
-                others = blend(others, contexts, lam)  # lines 19 to 21
-            else:
-                others = None  # line 27
+            if args.bank:
+                with run.accelerator.autocast():
+                    contexts = harvest(two_heads.network, images, labels, args.delta)
+                bank = torch.cat([bank, contexts])[-bank_size:]  # lines 11 to 13
+                if len(bank) >= len(images):
+                    chosen = torch.randperm(len(bank), device=bank.device)[: len(images)]
+                    others = blend(others, bank[chosen], lam)  # lines 19 to 21
+                else:
+                    others = None  # line 27: too few contexts yet, the batch is dropped
 
         if args.mixup and epoch < args.epochs - args.mixup_end:
             share = run.rng.beta(args.mixup, args.mixup)

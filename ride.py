@@ -56,7 +56,7 @@ class Args(cli.Args):
     diversity: float = cli.option(-0.45, "factor on their disagreement; 0: their mean learns instead")
     spread: float = cli.option(0.05, "how far temperatures differ between classes", least=0, most=1)
     drw: bool = cli.option(True, "deferred re-weighting: effective-number weights from --drw-epoch on")
-    drw_epoch: int = cli.option(160, "first 0-based epoch of that", least=0, is_epoch=True)
+    drw_epoch: int = cli.option(160, "first 0-based epoch with these weights", least=0, is_epoch=True)
     mix: str = cli.option("cutmix", "a box is pasted (CMO), or Remix", choices=("cutmix", "remix"))
     p_mix: float = cli.option(0.0, "probability that a batch is mixed; CMO has 0.5", least=0, most=1)
     alpha: float = cli.option(1.0, "lambda ~ Beta(alpha, alpha)", above=0)
@@ -75,7 +75,7 @@ def image_weights(dataset):
 
 
 def effective_weights(class_counts, beta=0.9999):
-    """DRW: weight of each class [K], ~ (1 - beta) / (1 - beta^n_k), mean 1."""
+    """Weight of each class [K] by its effective number, ~ (1 - beta) / (1 - beta^n_k), mean 1."""
     weights = (1 - beta) / (1 - beta ** class_counts.double())
     return (weights / weights.mean()).float()
 
@@ -157,7 +157,7 @@ def disagreement(logits, temperatures):
 
 
 def weighted_mean(accelerator, losses, weights):
-    """sum(w l) / sum(w) over the batch of all processes: their gradients are averaged."""
+    """sum(w l) / sum(w) over the batch of all processes, whose gradients are averaged: hence the mean sum."""
     return (weights * losses).sum() / accelerator.reduce(weights.sum(), reduction="mean")
 
 
@@ -170,6 +170,7 @@ def make_model(dataset, args):
 
 
 def train_one_epoch(run, model, backgrounds, foregrounds, optimizer, class_counts, epoch, args):
+    """One epoch. images: uint8 pixels [B, C, H, W], which the network normalises; class_counts [K]."""
     model.train()
     mixing = args.mix_start <= epoch < args.epochs - args.mix_end
     class_weights = torch.ones_like(class_counts)

@@ -243,7 +243,7 @@ def test_recipes_are_the_published_ones():
     def values(dataset):
         names = "arch epochs batch_size lr lr_steps lr_factor warmup cosine wd augment start"
         args = parse("csa.py", dataset=dataset)
-        assert (args.mixup_end, args.delta, args.lam_min, args.lam_max) == (3, 0.8, 0, 1)
+        assert (args.mixup_end, args.delta) == (3, 0.8)
         assert args.mixup == 0 and args.bank == 1 and args.prediction == "b"
         return [getattr(args, name) for name in names.split()]
 
@@ -348,8 +348,8 @@ def test_step():
 
 def test_contexts_are_harvested_by_the_weights_at_hand():
     """Of the second step, whose blends hold contexts of the network after the first."""
-    _, _, inputs = train(batches(2), lam_min=1.0)
-    _, _, other_inputs = train(batches(2), lam_min=1.0, lr=1e-9)
+    _, _, inputs = train(batches(2))
+    _, _, other_inputs = train(batches(2), lr=1e-9)
     assert inputs[0][1].equal(other_inputs[0][1]) and not inputs[1][1].equal(other_inputs[1][1])
 
 
@@ -475,17 +475,12 @@ def test_lambda_is_drawn_anew_by_batch(monkeypatch):
 
     def lams(**options):
         used.clear()
-        given = train(batches(4), lr=1e-9, **options)[2]
-        return list(used), given
+        train(batches(4), lr=1e-9, **options)
+        return list(used)
 
-    first, _ = lams()
+    first = lams()
     assert len(set(first)) == 4 and all(0 < lam < 1 for lam in first)
-    assert lams()[0] == first != lams(seed=1)[0]
-    narrow, _ = lams(lam_min=0.5, lam_max=0.6)
-    assert narrow == pytest.approx([0.5 + 0.1 * lam for lam in first])
-    none, given = lams(lam_max=0.0)
-    assert none == [0] * 4
-    assert all(inputs[1].equal(other[0]) for inputs, (_, other) in zip(given, batches(4), strict=True))
+    assert lams() == first != lams(seed=1)
 
 
 def test_without_the_bank_balanced_images_stay_as_they_are(monkeypatch):
@@ -496,9 +491,16 @@ def test_without_the_bank_balanced_images_stay_as_they_are(monkeypatch):
     assert [line["balanced"] for line in logged] == [1] * 2
 
 
-def test_empty_blends_are_those_without_a_bank():
-    """delta 0 takes every image, so that the bank is full at once; lambda 0 blends nothing."""
-    first, second = (train(batches(3), **options)[0] for options in (dict(lam_max=0.0), dict(bank=0)))
+@pytest.fixture
+def empty_blends(monkeypatch):
+    """lambda 0, which blends nothing."""
+    blend = csa.blend
+    monkeypatch.setattr(csa, "blend", lambda images, contexts, lam: blend(images, contexts, 0.0))
+
+
+def test_empty_blends_are_those_without_a_bank(empty_blends):
+    """delta 0 takes every image, so that the bank is full at once."""
+    first, second = (train(batches(3), bank=bank)[0] for bank in (1, 0))
     assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -553,9 +555,9 @@ def test_mixup_draws_from_beta(monkeypatch):
     assert near_half(100.0) == 8 and near_half(0.1) <= 2
 
 
-def test_mixup_with_itself_is_none(monkeypatch):
+def test_mixup_with_itself_is_none(monkeypatch, empty_blends):
     monkeypatch.setattr(torch, "randperm", lambda size, **_: torch.arange(size))
-    mixed, plain = (train(batches(2), mixup=beta, lam_max=0.0)[1] for beta in (1.0, 0.0))
+    mixed, plain = (train(batches(2), mixup=beta)[1] for beta in (1.0, 0.0))
     assert [a["loss"] for a in mixed] == pytest.approx([b["loss"] for b in plain], rel=1e-4)
 
 

@@ -50,7 +50,7 @@ ALIKE = {
     "bag_of_tricks.py": dict(
         mixup=0.0, finetune=False, generate="none"
     ),  # partners come from a process's own share
-    "csa.py": dict(bank=False),  # contexts come from its own bank
+    "csa.py": dict(bank=0),  # contexts come from its own bank
     "ride.py": dict(arch="resnet8"),  # has no experts of a LeNet
 }
 # Double precision throughout.
