@@ -141,7 +141,8 @@ def parse(args_class, all_recipes, doc, argv=None):
     hints = typing.get_type_hints(args_class)
     for field in dataclasses.fields(args_class):
         default = defaults[field.name]
-        help = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+        choices = " | ".join(field.metadata["choices"] or ())
+        help = f"{field.metadata['help']} [{choices}] (default: {default})".replace(" []", "")
         kind, *rest = typing.get_args(hints[field.name]) or [hints[field.name]]  # of `float | None` the first
         if kind is bool:
             keywords = dict(action=argparse.BooleanOptionalAction)
@@ -151,7 +152,7 @@ def parse(args_class, all_recipes, doc, argv=None):
             keywords = dict(type=kind)
         names = dict.fromkeys([flag(field.name), "--" + field.name])  # --batch-size, and --batch_size
         group = shared if hasattr(Args, field.name) else own
-        group.add_argument(*names, default=default, help=help, **keywords)
+        group.add_argument(*names, default=default, help=help.replace("%", "%%"), **keywords)
 
     given, unknown = parser.parse_known_args(words)
     if unknown:
@@ -170,8 +171,8 @@ def find_recipe(args_class, all_recipes, dataset, name):
 
     equal: RECIPES[dataset] with the settings of recipes.EQUAL, and what counts epochs scaled to their number.
     """
-    if dataset not in all_recipes:
-        known = [key for key in all_recipes if " " not in key]
+    known = [key for key in all_recipes if " " not in key]
+    if dataset not in known:
         raise Refused(f"--dataset {dataset}: must be one of {', '.join(known)}")
     is_equal = name == "equal" and dataset in recipes.EQUAL
     key = dataset if name == "paper" or is_equal else f"{dataset} {name}"
@@ -192,7 +193,8 @@ def scaled(args_class, defaults, epochs):
         value = defaults[field.name]
         if field.metadata["is_epoch"] and value:
             items = value if isinstance(value, tuple) else (value,)
-            items = tuple(round(item * epochs / defaults["epochs"]) for item in items)
+            least = field.metadata["least"] or 0
+            items = tuple(max(round(item * epochs / defaults["epochs"]), least) for item in items)
             changed[field.name] = items if isinstance(value, tuple) else items[0]
     return {name: value for name, value in changed.items() if value != defaults[name]}
 
@@ -201,22 +203,30 @@ def run(main, args_class, all_recipes, doc):
     """What a script does when it is started. Where the user can mend something: one line and exit code 2."""
     try:
         return main(parse(args_class, all_recipes, doc))
-    except Refused as refused:
-        message = str(refused).strip().splitlines()[-1]  # a loader process puts its traceback before it
-        message = message.rpartition("Refused: ")[2]
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory ({str(error).splitlines()[0]}); halve --batch-size, then --resume"
     except KeyboardInterrupt:
         say("stopped; --resume goes on after the last whole epoch")
         sys.exit(130)
-    except (ValueError, RuntimeError) as error:
-        if "more than 1 value per channel" in str(error):  # in the first step
-            message = "BatchNorm sees one value per channel; raise --batch-size or --image-size"
-        elif "DataLoader worker" in str(error):
-            message = "a loader process died; lower --num-workers, or raise the memory of /dev/shm"
-        else:
+    except Exception as error:
+        line = one_line(error)
+        if os.environ.get("WORLD_SIZE", "1") != "1" and (line is None or os.environ["RANK"] != "0"):
+            time.sleep(
+                3
+            )  # where another process is the cause, or the first says it, the launcher ends this one
+        if line is None:
             raise
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)  # where the first process says it, too, the launcher ends this one before
-    show(message, sys.stderr)
-    sys.exit(2)
+        show(line, sys.stderr)
+        sys.exit(2)
+
+
+def one_line(error):
+    """What the user can do about it; None for an error of the program's own."""
+    text = str(error)
+    if isinstance(error, Refused):  # of a loader process it has a traceback before it
+        return " ".join(text.rpartition("Refused: ")[2].split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return f"out of memory ({text[:75].splitlines()[0]}); halve --batch-size, then --resume"
+    if "more than 1 value per channel" in text:  # in the first step
+        return "BatchNorm sees one value per channel; raise --batch-size or --image-size"
+    if "DataLoader worker (pid" in text:
+        return "a loader process died; lower --num-workers, or raise the memory of /dev/shm"
+    return None

@@ -26,17 +26,15 @@ from torchvision.transforms import v2
 from common import augment, cmnist, synthetic
 from common.cli import Refused, flag, say
 
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:  # torchvision is to drop it one day
-    decode_jpeg = None
-
-# ---------------------------------------------------------------------------------------- long-tailed subsets
+decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)  # which torchvision is to drop one day
 
 
 def long_tail_counts(largest, num_classes, imbalance):
     """Images of each class k = 0..K-1: int(largest * (1 / imbalance)^(k / (K - 1)))."""
-    return [int(largest * (1 / imbalance) ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
+    counts = [int(largest * (1 / imbalance) ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
+    if min(counts) == 0:
+        raise Refused(f"--imbalance {imbalance:g}: leaves a class without an image; use a lower factor")
+    return counts
 
 
 def draw_subset(labels, counts, generator):
@@ -60,8 +58,6 @@ def cut(labels, num_classes, imbalance, largest=None, generator=None):
     """
     available = np.bincount(labels, minlength=num_classes)
     counts = np.array(long_tail_counts(largest or available.max(), num_classes, imbalance))
-    if counts.min() == 0 and available.min() > 0:
-        raise Refused(f"--imbalance {imbalance:g}: leaves a class without an image; use a lower factor")
     if (counts > available).any():
         counts = np.minimum(counts, available)
         reached = f"{counts.min()} to {counts.max()} images"
@@ -75,9 +71,6 @@ def hold_out(dataset, per_class, seed=0):
     held = draw_subset(dataset.labels.numpy(), counts, np.random.RandomState(seed))
     rest = np.setdiff1d(np.arange(len(dataset)), held)
     return dataset.subset(rest), dataset.subset(held)
-
-
-# --------------------------------------------------------------------------------------- samplers and loaders
 
 
 def epoch_seed(seed, epoch, stream=0):
@@ -166,9 +159,6 @@ def whole_batch(batch):
 def ignore_interrupts(worker):
     """Ctrl-C goes to all processes; the training process ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# ----------------------------------------------------------------------------------------- images with labels
 
 
 class LabelledImages(Dataset):
@@ -261,13 +251,9 @@ def read_image(path):
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel; make it 8")
             return v2.functional.pil_to_tensor(image.convert("RGB"))
-    except FileNotFoundError:
-        raise Refused(f"{path}: no such image; check --data-dir and the list") from None
     except Exception as error:  # decoders fail in many ways
         raise Refused(f"{path}: not readable as an image ({error}); replace it or leave it out") from None
 
-
-# ---------------------------------------------------------------------------------------------- the data sets
 
 CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -296,10 +282,9 @@ def load(args):
         train, test = load_torchvision(args)
     else:
         train, test = load_files(args)
-    if train.num_classes < 2:
-        raise Refused(f"--data-dir {args.data_dir}: there is one class alone; two are needed")
     counts = f"{train.num_classes} classes of {train.class_counts.min()} to {train.class_counts.max()}"
-    say(f"{args.dataset}: {len(train)} training images in {counts}, {len(test)} test images")
+    size = f"{train.shape[-1]} pixels a side"
+    say(f"{args.dataset}: {len(train)} training images in {counts}, {len(test)} test images, {size}")
     return train, test
 
 
@@ -360,6 +345,8 @@ def load_files(args):
         names, statistics, (paths, labels), (test_paths, test_labels) = read(root, args)
     except OSError as error:
         raise Refused(f"{error.filename}: cannot be read ({error.strerror}); mend that") from None
+    if len(names) < 2:
+        raise Refused(f"--data-dir {root}: {len(names)} classes; at least two are needed")
     both = set(paths) & set(test_paths)
     if both or (root / "train").resolve() == (root / "test").resolve():
         say(f"note: {len(both) or 'all'} test images are training images, too")
@@ -372,6 +359,9 @@ def load_files(args):
         raise Refused(f"--data-dir {root}: no training image of class {names[missing[0]]}; add some{start}")
     if not test_paths:
         raise Refused(f"--data-dir {root}: no test image; put some there")
+    for path in [*paths, *test_paths]:
+        if not (root / path).exists():
+            raise Refused(f"{root / path}: no such image; check --data-dir and the list")
 
     size = args.image_size or native_size(root / paths[0])
     if size <= IN_MEMORY_SIZE:
@@ -472,10 +462,10 @@ def read_list(file, classes=None):
     """(paths, labels [N]) of a list file, or of a JSON file with images and annotations."""
     place = "annotation" if file.suffix == ".json" else "line"
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of other bytes
         if file.suffix == ".json":
             content = json.loads(text)
-            file_of = {entry["id"]: entry["file_name"] for entry in content["images"]}
+            file_of = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
             entries = [(file_of[e["image_id"]], str(e["category_id"])) for e in content["annotations"]]
         else:
             lines = text.replace("\t", " ").split("\n")
@@ -498,4 +488,7 @@ def read_list(file, classes=None):
             raise Refused(f"{here}: {path} has label {label} here and {label_at[path]} before")
     if not label_at:
         raise Refused(f"{file}: names no image")
+    repeated = sum(path != "" for path, _ in entries) - len(label_at)
+    if repeated:
+        say(f"note: {file}: {repeated} lines name an image that is named before; each counts once")
     return list(label_at), np.array(list(label_at.values()))

@@ -66,9 +66,6 @@ class Network(nn.Module):
         return self.classifier(self.features(images))
 
 
-# ----------------------------------------------------------------------------------------------- small images
-
-
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions; shortcut "option A", without parameters: every second pixel, zero channels."""
 
@@ -118,8 +115,6 @@ def lenet_backbone(channels):
     first, second = nn.Conv2d(channels, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
     return [first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2)]
 
-
-# ----------------------------------------------------------------------------------------------- large images
 
 IMAGENET = {  # block, blocks per stage, groups and width of the bottleneck
     "resnet10": (resnet.BasicBlock, [1, 1, 1, 1], 1, 64),
@@ -201,9 +196,6 @@ def split_last_block(network):
     *before, stage = network.backbone
     trunk = nn.Sequential(*before, nn.Sequential(*stage[:-1]))
     return trunk, nn.Sequential(stage[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-# ---------------------------------------------------------------------------------------------- finished runs
 
 
 def load(folder):

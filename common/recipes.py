@@ -36,5 +36,5 @@ def learning_rate(epoch, args):
     lr = args.lr * (args.warmup_from + (1 - args.warmup_from) * warm)
     if args.cosine:
         start = max(args.warmup - 1, 0)  # the first epoch of the whole rate
-        return lr * 0.5 * (1 + math.cos(math.pi * max(epoch - start, 0) / (args.epochs - start)))
+        return lr * 0.5 * (1 + math.cos(math.pi * max(epoch - start, 0) / max(args.epochs - start, 1)))
     return lr * args.lr_factor ** sum(epoch >= step for step in args.lr_steps)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torchvision
 from accelerate.utils import gather_object, set_seed, tqdm
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from common.cli import Refused, flag, say, show
 from common.datasets import epoch_seed
@@ -47,24 +47,24 @@ class Run:
         self.script = Path(sys.modules[type(args).__module__].__file__)
         name = [args.dataset, *([f"{args.imbalance:g}"] if args.imbalance else []), str(args.seed)]
         self.folder = Path(args.output_dir or Path("runs", self.script.stem, "_".join(name)))
-        self.facts = {"script": self.script.name, "mixed_precision": accelerator.mixed_precision}
+        self.facts = {"script": self.script.name, "mixed precision": accelerator.mixed_precision}
+        self.draws = {  # what decides augmentation, and on a CPU the last bits
+            "processes": accelerator.num_processes,
+            "loader processes": args.num_workers,
+            "threads": torch.get_num_threads(),
+        }
         self.refuse_launch()
         if self.is_main:
             self.lock()
         self.checkpoint = self.find_checkpoint()
         self.history = self.checkpoint["history"] if self.checkpoint else []
         self.done = self.checkpoint["epoch"] if self.checkpoint else -1  # the last epoch before this start
-        self.same_everywhere("options or checkpoints", (self.options, self.done))
+        self.same_everywhere("options or checkpoints", (self.options, self.facts, self.history[-1:]))
         if self.is_main:
-            if args.overwrite:
-                for file in ("checkpoint.pt", "metrics.jsonl", "model.safetensors", "result.json"):
-                    (self.folder / file).unlink(missing_ok=True)
             write(self.folder / "args.json", json.dumps(self.options, indent=1))
         accelerator.project_configuration.set_directories(str(self.folder))
         accelerator.init_trackers("log", {name: str(value) for name, value in self.options.items()})
-        torch.backends.cudnn.deterministic = True  # a resumed run repeats the unbroken one on a GPU, too
-
-    # ---------------------------------------------------------------------------------------------- the start
+        torch.backends.cudnn.deterministic = True  # or a resumed run would differ on a GPU
 
     def refuse_launch(self):
         """Refused where the launcher's settings would train something else."""
@@ -93,12 +93,13 @@ class Run:
     def find_checkpoint(self):
         """The checkpoint to go on from, or None for a new run. Refused where the folder fits neither."""
         file = self.folder / "checkpoint.pt"
-        if not file.exists() or self.args.overwrite:
+        is_used = file.exists() or (self.folder / "result.json").exists()
+        if not is_used or self.args.overwrite:
             if self.args.resume:
                 say(f"note: a new run begins in {self.folder}")
             return None
         if not self.args.resume:
-            raise Refused(f"--output-dir {self.folder}: holds a run; add --resume to go on, or --overwrite")
+            raise Refused(f"--output-dir {self.folder}: holds a run; --resume, --overwrite, or name another")
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             then = checkpoint["facts"] | checkpoint["options"]
@@ -106,10 +107,13 @@ class Run:
             raise Refused(f"--resume: {file} is no checkpoint, or damaged; --overwrite begins anew") from None
         for name, now in (self.facts | self.options).items():
             if name not in FREE and then.get(name) != now:
-                raise Refused(f"{flag(name)} {now}: the run in {self.folder} has {then.get(name)}; give that")
-        if checkpoint["threads"] != torch.get_num_threads():
-            threads = f"{checkpoint['threads']} threads, not {torch.get_num_threads()}"
-            say(f"note: {self.folder} was begun with {threads}; on a CPU the last bits will differ")
+                label = name if name in self.facts else flag(name)
+                raise Refused(f"{label} {now}: the run in {self.folder} has {then.get(name)}; give that")
+        for name, now in self.draws.items():
+            if checkpoint["draws"][name] != now:
+                say(
+                    f"note: {now} {name}, not {checkpoint['draws'][name]} as before: other draws or last bits"
+                )
         return checkpoint
 
     def same_everywhere(self, what, value):
@@ -136,13 +140,14 @@ class Run:
             "data_sha256": hashes,
         }
 
-    # --------------------------------------------------------------------------------------------- its epochs
-
     def epochs(self, numbers, **objects):
         """Those of the range `numbers` that are left. objects (model, optimizer, ..): what checkpoints hold.
 
         Everything random is seeded from (seed, epoch), so that a resumed run repeats the unbroken one.
         """
+        if self.is_main and self.args.overwrite and not self.history:
+            for file in ("checkpoint.pt", "metrics.jsonl", "model.safetensors", "result.json"):
+                (self.folder / file).unlink(missing_ok=True)
         if self.accelerator.scaler:
             objects["scaler"] = self.accelerator.scaler
         self.objects = {name: self.unwrap(thing) for name, thing in objects.items()}
@@ -195,32 +200,34 @@ class Run:
             line["lr"] = self.objects["optimizer"].param_groups[0]["lr"]
         line["seconds"] = time.perf_counter() - self.begun
         self.history.append(line)
+        state = {name: thing.state_dict() for name, thing in self.objects.items()}
+        if not all(value.isfinite().all() for value in state["model"].values()):
+            raise Refused("the weights are not finite; the checkpoint before is kept, lower --lr")
         if self.is_main:
             content = {
                 "facts": self.facts,
                 "options": self.options,
-                "threads": torch.get_num_threads(),
+                "draws": self.draws,
                 "data": self.data,
                 "epoch": epoch,
                 "history": self.history,
-                "state": {name: thing.state_dict() for name, thing in self.objects.items()},
+                "state": state,
             }
-            if not all(value.isfinite().all() for value in content["state"]["model"].values()):
-                raise Refused("the weights are not finite; the checkpoint before is kept, lower --lr")
-            write(self.folder / "checkpoint.pt", content)
             write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+            write(self.folder / "checkpoint.pt", content)
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}
         self.accelerator.log(numbers, step=epoch)
         shown = [f"{name} {numbers[name]:.4g}" for name in ("loss", *SPLITS) if name in numbers]
         say(f"epoch {epoch + 1} {' '.join(shown)} ({line['seconds']:.1f} s)")
-
-    # --------------------------------------------------------------------------------------------- its result
 
     def finish(self, **facts):
         """The result of the last epoch, and facts: a dict, one JSON line on stdout, and result.json."""
         state, device = self.objects["model"].state_dict(), self.accelerator.device
         weights = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         packages = torch, torchvision, accelerate, np
+        memory = (
+            torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
         result = {
             "script": self.script.name,
             "dataset": self.args.dataset,
@@ -228,7 +235,7 @@ class Run:
             **self.history[-1],
             "best_on_test": max(line["all"] for line in self.history if "all" in line),
             "seconds": sum(line["seconds"] for line in self.history),
-            "peak_memory_gb": peak_memory(device) / 1e9,
+            "peak_memory_gb": memory / 1e9,
             "num_processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -244,7 +251,7 @@ class Run:
             **facts,
         }
         if self.is_main:
-            save_file(weights, self.folder / "model.safetensors")
+            write(self.folder / "model.safetensors", save(weights))
             write(self.folder / "result.json", json.dumps(result, indent=1))
             short = {name: value for name, value in result.items() if not isinstance(value, list)}
             show(json.dumps(short), sys.stdout)
@@ -255,12 +262,13 @@ class Run:
 def write(path, content):
     """Write beside, flush to disk, rename: a kill at any moment leaves the old file or the new one, whole.
 
-    content: text, or what torch.save takes. Refused where it cannot be written.
+    content: text, bytes, or what torch.save takes. Refused where it cannot be written.
     """
+    content = content.encode() if isinstance(content, str) else content
     beside = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "w" if isinstance(content, str) else "wb") as file:
-            if isinstance(content, str):
+        with open(beside, "wb") as file:
+            if isinstance(content, bytes):
                 file.write(content)
             else:
                 torch.save(content, file)
@@ -279,13 +287,6 @@ def sha256(tensors):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def peak_memory(device):
-    """Bytes: of the device where it counts them, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def commit():

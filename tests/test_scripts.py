@@ -51,7 +51,6 @@ ALIKE = {
         mixup=0.0, finetune=False, generate="none"
     ),  # partners come from a process's own share
     "csa.py": dict(bank=0),  # contexts come from its own bank
-    "ride.py": dict(arch="resnet8"),  # has no experts of a LeNet
 }
 # Double precision throughout.
 DOUBLE = "torch.set_default_dtype(torch.float64)\ntorch.Tensor.float = torch.Tensor.double\n"

@@ -124,53 +124,71 @@ def test_a_stream_that_nobody_reads_ends_nothing(tmp_path):
         cli.show("a line", stream)
 
 
+IN_A_WORKER = "Caught Refused in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
 TROUBLE = [
-    (cli.Refused("--lr 7: too much"), "--lr 7: too much", 2),
+    (cli.Refused("--lr 7: too much"), "--lr 7: too much"),
+    (cli.Refused(IN_A_WORKER + "common.cli.Refused: a.jpg: not readable\n"), "a.jpg: not readable"),
     (
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."),
         "a loader process died; lower --num-workers, or raise the memory of /dev/shm",
-        2,
     ),
     (
         torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore"),
         "out of memory (Tried to allocate 20.00 GiB); halve --batch-size, then --resume",
-        2,
+    ),
+    (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000000 bytes"),
+        "out of memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 800000000); "
+        "halve --batch-size, then --resume",
     ),
     (
         ValueError("Expected more than 1 value per channel when training, got input size [1, 8, 1, 1]"),
         "BatchNorm sees one value per channel; raise --batch-size or --image-size",
-        2,
     ),
-    (KeyboardInterrupt(), "stopped; --resume goes on after the last whole epoch", 130),
 ]
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-@pytest.mark.parametrize("trouble, line, code", TROUBLE)
-def test_what_ends_a_script_takes_one_line(trouble, line, code, rank, monkeypatch, capsys):
+@pytest.fixture
+def started(monkeypatch):
+    """cli.run of a main that raises an error, by a process of several; the seconds that it waited."""
+
+    def start(error, rank, processes=2):
+        def fail(args):
+            raise error
+
+        waited = []
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setattr(cli.time, "sleep", waited.append)
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+        with pytest.raises((SystemExit, type(error))) as stop:
+            cli.run(fail, Args, RECIPES, "")
+        return stop.value, len(waited)
+
+    return start
+
+
+@pytest.mark.parametrize("error, line", TROUBLE)
+def test_what_ends_a_script_takes_one_line(error, line, started, capsys):
     """Told by the process that saw it, the others after a while, in which the launcher ends them."""
-    waited = []
-
-    def fail(args):
-        raise trouble
-
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(fail, Args, RECIPES, "")
-    assert stop.value.code == code
-    if code == 2:
-        assert capsys.readouterr().err == line + "\n" and len(waited) == int(rank)
+    for rank in (0, 1):
+        stop, waited = started(error, rank)
+        assert stop.code == 2 and waited == rank
+        assert capsys.readouterr().err == line + "\n"
 
 
-def test_other_errors_keep_their_traceback(monkeypatch):
-    def fail(args):
-        raise ValueError("of the program")
+def test_ctrl_c(started, capsys):
+    stop, _ = started(KeyboardInterrupt(), 0, processes=1)
+    assert stop.code == 130
+    assert capsys.readouterr().err == "stopped; --resume goes on after the last whole epoch\n"
 
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(ValueError, match="of the program"):
-        cli.run(fail, Args, RECIPES, "")
+
+@pytest.mark.parametrize("text", ["of the program", "Caught RuntimeError in DataLoader worker process 0."])
+def test_other_errors_keep_their_traceback(text, started):
+    """Of several processes after a while: another one may be the cause."""
+    error = RuntimeError(text)
+    assert started(error, 0, processes=1) == (error, 0)
+    assert started(error, 0) == started(error, 1) == (error, 1)
 
 
 # The learning rate that all scripts share
@@ -193,4 +211,5 @@ def test_cosine():
     lr = rates(epochs=400, lr=0.02, cosine=True, warmup=10)
     found = [lr[epoch] for epoch in (0, 9, 10, 200, 399)]
     assert found == pytest.approx([0.002, 0.02, 0.02, 0.010361, 0.0], abs=1e-5)
+    assert rates(epochs=2, cosine=True, warmup=5)[0] > 0
     assert rates(epochs=4, cosine=True) == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447], abs=1e-6)

@@ -184,6 +184,7 @@ def test_fingerprints_of_the_subset():
 def test_too_large_an_imbalance():
     line = refusal(datasets.cut, np.repeat(np.arange(3), 50), 3, 51)
     assert line == "--imbalance 51: leaves a class without an image; use a lower factor"
+    assert refusal(datasets.load, Args(imbalance=1000)).startswith("--imbalance 1000: leaves a class without")
 
 
 def test_an_imbalance_that_is_not_reached_is_told(capsys):
@@ -443,7 +444,7 @@ def write_lists(folder, end="\r\n"):
     """train.txt and test.txt with CRLF ends, a blank line and no final newline."""
     for part in ("train", "test"):
         lines = [f"{p.relative_to(folder)} {p.parent.name[-1]}" for p in sorted((folder / part).glob("*/*"))]
-        (folder / f"{part}.txt").write_bytes(end.join([*lines[:2], "", *lines[2:]]).encode())
+        (folder / f"{part}.txt").write_bytes(os.fsencode(end.join([*lines[:2], "", *lines[2:]])))
     return dict(train_list=f"{folder}/train.txt", test_list="test.txt", dataset="image_list")
 
 
@@ -454,6 +455,22 @@ def test_image_list_equals_image_folder(folder):
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b" 1", b"\t1"))
     listed, _ = load(folder, **options, image_size=32)
     assert listed.labels.equal(found.labels) and listed.images.equal(found.images)
+
+
+def test_names_of_other_bytes_and_repeated_lines(folder, capsys):
+    old = folder / "train" / "class 0" / "ein Bild für 0.jpg"
+    new = os.path.join(os.fsencode(old.parent), b"Bild f\xfcr 0.jpg")
+    os.rename(old, new)
+    options, lines = write_lists(folder), []
+    for entry in sorted(os.scandir(os.fsencode(folder / "train" / "class 0")), key=lambda e: e.name):
+        lines.append(b"train/class 0/" + entry.name + b" 0")
+    lines += [b"train/class 1/ein Bild f\xc3\xbcr 0.jpg 1"] * 2
+    (folder / "train.txt").write_bytes(b"\n".join(lines))
+    for size in (32, 72):
+        train, _ = load(folder, **options, image_size=size)
+        assert len(train) == 7 and train.__getitems__([0, 6])[0].shape == (2, 3, size, size)
+    told = capsys.readouterr().err.splitlines()[0]
+    assert told.endswith("train.txt: 1 lines name an image that is named before; each counts once")
 
 
 def test_competition_json(tmp_path):
@@ -521,6 +538,7 @@ def annotations(*pairs):
         (annotations((7, 0)), "cannot be read as JSON with images and annotations (KeyError: 7)"),
         (annotations((0, 0), (0, 1)), "annotation 2: 0.jpg has label 1 here and 0 before"),
         (annotations((0, None)), "annotation 1: 0.jpg None: not `relative/path label`"),
+        ('{"images": [{"id": 1, "file_name": null}], "annotations": []}', "names no image"),
         (annotations((1, 5)), "annotation 1: label 5 is too large; labels are 0 to 4"),
     ],
 )
@@ -591,7 +609,7 @@ def test_one_class_alone(folder):
     for part in ("train", "test"):
         shutil.rmtree(folder / part / "class 1")
     line = refusal(load, folder, image_size=32)
-    assert line == f"--data-dir {folder}: there is one class alone; two are needed"
+    assert line == f"--data-dir {folder}: 1 classes; at least two are needed"
 
 
 def test_test_images_among_the_training_images_are_told(folder, capsys):
@@ -619,11 +637,13 @@ def test_corrupt_images_are_named(folder, content, size):
 
 
 def test_missing_image(folder):
+    """Told before training."""
     options = write_lists(folder)
     path = folder / "train" / "class 1" / "ein Bild für 0.jpg"
     path.unlink()
-    line = refusal(load, folder, **options, image_size=32)
-    assert line == f"{path}: no such image; check --data-dir and the list"
+    for size in (32, 72):
+        line = refusal(load, folder, **options, image_size=size)
+        assert line == f"{path}: no such image; check --data-dir and the list"
 
 
 @pytest.mark.parametrize("mode, name", [("I;16", "x.png"), ("I;16", "x.tif"), ("F", "x.tif")])
