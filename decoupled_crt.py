@@ -2,16 +2,16 @@
 
 Paper:    B. Kang, S. Xie, M. Rohrbach, Z. Yan, A. Gordo, J. Feng, Y. Kalantidis, "Decoupling Representation
           and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv:1910.09217.
-Method:   1. train network and classifier; class j is drawn with p_j ~ n_j^q      Eq. (1): sampling_order
-          2. freeze the network and balance the classifier                      Sec. 4: balance_classifier
-             crt: train a new one; lws: train one scale per class; both on classes drawn evenly
-             tau: divide each class's weights by their norm^tau                             tau_normalized
-             ncm: take the class whose mean feature is nearest                                 NearestMean
-             las: lws with label-aware smoothing (MiSLAS, Zhong et al., CVPR 2021)           smoothed_loss
+Method:   1. train network and classifier; class j is drawn with p_j ~ n_j^q    Eqs. (1), (2): sampling_order
+          2. freeze the network and balance the classifier                           Sec. 4: new_classifier
+             crt: train a new one; lws: train a scale per class; both on classes drawn evenly
+             tau: divide each class's weights by their norm^tau                              tau_normalized
+             ncm: take the class whose mean feature is nearest                                  NearestMean
+             las: train scales and weights on smoothed labels (MiSLAS, CVPR 2021)           smoothed_losses
           --classifier joint is stage 1 alone; with --sampling class it is re-sampling throughout (CB-RS).
-Differs:  tau is given, or chosen on training images held out from both stages. As in the code: 4 images of a
-          class in a row, BatchNorm statistics move in stage 2. More in docs/decoupled_crt.md.
-Expected: imagenet_lt, ResNet-50: joint 41.6, cRT 47.3, tau 46.7, LWS 47.7, NCM 44.3.
+Differs:  as in the released code, 4 images of a class come in a row and BatchNorm statistics move in stage 2.
+          tau is chosen on held-out training images. docs/decoupled_crt.md has the rest, and all commands.
+Expected: imagenet_lt, ResNet-50: joint 41.6, cRT 47.3, tau 46.7, LWS 47.7, NCM 44.3 (paper).
 Run:      accelerate launch decoupled_crt.py --dataset cifar100_lt --classifier crt
 """
 
@@ -26,43 +26,61 @@ from torch import nn
 from common import cli, datasets, evaluation, models, recipes
 from common.runs import Run
 
-# Settings of the paper (ImageNet-LT, iNaturalist), of the Bag of Tricks for stage 2 on CIFAR, and ours.
+# Settings of the paper, of the Bag of Tricks (stage 2 on CIFAR), of MiSLAS, of CSA's study, and ours.
 # fmt: off
-CIFAR = dict(arch="resnet32", epochs=200, lr_steps=(160, 180), lr_factor=0.01, warmup=5, wd=2e-4, in_a_row=1,
-             stage2_epochs=30, stage2_wd=5e-4)
+CIFAR = dict(recipes.CIFAR, in_a_row=False, schedule="steps", stage2_epochs=30)
+MISLAS = dict(recipes.CIFAR, classifier="las", lr_factor=0.1, mixup=1.0, stage2_wd=2e-4)
 LARGE = dict(arch="resnet50", imbalance=None, epochs=90, batch_size=512, lr=0.2, wd=5e-4, cosine=True,
-             stage2_lr=0.2, stage2_wd=5e-4)
+             schedule="to-zero", stage2_lr=0.2, las=(0.3, 0.0, 0.05))
+INAT = dict(LARGE, wd=1e-4, stage2_wd=1e-4, stage2_epochs=30, splits=(100, 21))
+MNIST = dict(recipes.MNIST, stage2_epochs=4, stage2_lr=0.01, stage2_wd=0.0)
+STUDY = dict(classifier="tune", arch="lenet", epochs=8, momentum=0.0, cosine=True, schedule="half",
+             stage2_epochs=16, stage2_wd=0.0, splits=(1500, 200))
 RECIPES = {
-    "cifar10_lt": CIFAR,
-    "cifar100_lt": CIFAR,
+    **recipes.OWN,
+    "synthetic": dict(recipes.SYNTHETIC, bn_train=False),
+    "cifar10_lt": CIFAR, "cifar10_lt mislas": dict(MISLAS, las=(0.3, 0.0, 0.5), bn_train=False),
+    "cifar100_lt": CIFAR, "cifar100_lt mislas": MISLAS,
     "imagenet_lt": dict(LARGE, augment="jitter"),
-    "inat2018": dict(LARGE, wd=1e-4, stage2_wd=1e-4, stage2_epochs=30, splits=(100, 21)),
-    "image_folder": dict(recipes.FILES, stage2_wd=2e-4),
-    "image_list": dict(recipes.FILES, stage2_wd=2e-4),
-    "synthetic": dict(recipes.SYNTHETIC, stage2_wd=5e-4, bn_train=False),
+    "places_lt": dict(LARGE, arch="resnet152", pretrained=True, last_block_lr=0.01, epochs=30,
+                      batch_size=256, lr=0.1, stage2_lr=0.1, augment="jitter"),
+    "inat2018": INAT,
+    "inat2018 mislas": dict(INAT, classifier="las", epochs=200, batch_size=256, lr=0.1, mixup=0.2,
+                            schedule="cosine", stage2_epochs=10, stage2_lr=0.1),
+    "mnist_lt": MNIST, "mnist_lt study": STUDY,
+    "fashion_mnist_lt": MNIST, "fashion_mnist_lt study": STUDY,
+    "cmnist_lt": MNIST, "cmnist_lt study": STUDY,
 }
 # fmt: on
+CLASSIFIERS = ("joint", "crt", "tune", "lws", "las", "tau", "ncm")
+SAMPLINGS = ("instance", "square-root", "class", "progressive")
+SCHEDULES = ("cosine", "half", "to-zero", "steps")
 
 
 @dataclass
 class Args(cli.Args):
-    classifier: str = cli.option(
-        "crt", "what becomes of the classifier", choices=("joint", "crt", "lws", "tau", "ncm", "las")
-    )
+    classifier: str = cli.option("crt", "of stage 2; tune: that of stage 1 goes on", choices=CLASSIFIERS)
     stage1: str | None = cli.option(None, "folder of a finished run whose network is taken for stage 1")
-    sampling: str = cli.option(
-        "instance", "of stage 1", choices=("instance", "square-root", "class", "progressive")
-    )
-    in_a_row: int = cli.option(4, "images of a class in a row in class-balanced sampling", least=1)
+    sampling: str = cli.option("instance", "how stage 1 draws images", choices=SAMPLINGS)
+    in_a_row: bool = cli.option(True, "class-balanced sampling takes 4 images of a class in a row")
     mixup: float = cli.option(0.0, "mixup in stage 1, lambda ~ Beta(mixup, mixup); 0: none", least=0)
+    momentum: float = cli.option(0.9, "momentum of both stages", least=0)
+    last_block_lr: float | None = cli.option(None, "rate of the last block; what is below is frozen", above=0)
     stage2_epochs: int = cli.option(10, "epochs of stage 2", least=1)
-    stage2_lr: float = cli.option(0.1, "its learning rate, along a cosine", above=0)
-    stage2_wd: float = cli.option(0.0, "its weight decay", least=0)
+    stage2_lr: float = cli.option(0.1, "its learning rate", above=0)
+    schedule: str = cli.option("cosine", "how that falls: cosine, half, to-zero, steps", choices=SCHEDULES)
+    stage2_wd: float = cli.option(5e-4, "its weight decay", least=0)
     bn_train: bool = cli.option(True, "BatchNorm statistics move in stage 2")
     tau: float | None = cli.option(None, "tau (default: the best of 0, 0.1 .. 2 on held-out images)", least=0)
     held_out: int = cli.option(0, "training images per class to choose tau on", least=0)
-    las_head: float = cli.option(0.4, "smoothing of the largest class", least=0, most=1)
-    las_tail: float = cli.option(0.1, "smoothing of the smallest class", least=0, most=1)
+    las: tuple[float, ...] = cli.option((0.4, 0.1, 0.2), "smoothing of head and tail, factor on W's rate")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.las) != 3:
+            raise cli.Refused(f"--las {self.las}: give three numbers, such as 0.4 0.1 0.2")
+        if self.schedule == "to-zero" and 1 in (self.epochs, self.stage2_epochs):
+            raise cli.Refused("--schedule to-zero: the one epoch of a stage would have rate 0; use cosine")
 
 
 def class_probabilities(class_counts, sampling, progress=0.0):
@@ -75,11 +93,9 @@ def class_probabilities(class_counts, sampling, progress=0.0):
 
 
 def sampling_order(train_set, sampling, args):
-    """The order of an epoch's images, for EpochSampler."""
-    if sampling == "instance":
-        return None
-    if sampling == "class" and args.in_a_row > 1:
-        return datasets.class_aware(train_set, args.in_a_row)
+    """The order of an epoch's images, in which class j is drawn with probability p_j."""
+    if sampling == "class" and args.in_a_row:
+        return datasets.class_aware(train_set)
 
     def order(generator, epoch):
         p = class_probabilities(train_set.class_counts, sampling, epoch / max(args.epochs - 1, 1))
@@ -93,60 +109,87 @@ def tau_normalized(weight, tau):
     return weight / weight.norm(dim=1, keepdim=True).pow(tau)
 
 
-def best_tau(features, labels, weight, num_classes):
-    """tau with the best accuracy, averaged over classes; of equals the nearest to 1. features [N, D]."""
-
-    def accuracy(tau):
-        right = (features @ tau_normalized(weight, tau).T).argmax(1) == labels
-        sums = torch.zeros(num_classes).index_add_(0, labels, right.float())
-        counts = torch.bincount(labels, minlength=num_classes)
-        return (sums / counts)[counts > 0].mean().item()
-
-    return max((i / 10 for i in range(21)), key=lambda tau: (accuracy(tau), -abs(tau - 1)))
+def best_tau(features, labels, weight):
+    """tau with the best accuracy, averaged over the classes with images; of several the nearest to 1."""
+    counts = labels.bincount(minlength=len(weight))
+    accuracies = {}
+    for i in sorted(range(21), key=lambda i: abs(i - 10)):
+        correct = (features @ tau_normalized(weight, i / 10).T).argmax(1) == labels
+        hits = labels[correct].bincount(minlength=len(weight))
+        accuracies[i / 10] = (hits / counts).nanmean().item()
+    return max(accuracies, key=accuracies.get)
 
 
 class NearestMean(nn.Module):
     """NCM: minus the squared distance to each class's mean of centred, normalised features, [B, K]."""
 
-    def __init__(self, features, labels, num_classes):
+    def __init__(self, width, num_classes):
         super().__init__()
-        self.register_buffer("centre", features.mean(0))
-        sums = (
-            torch.zeros(num_classes, features.shape[1])
-            .to(features)
-            .index_add_(0, labels, self.transform(features))
-        )
-        self.register_buffer("means", sums / torch.bincount(labels, minlength=num_classes)[:, None])
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("means", torch.zeros(num_classes, width))
 
-    def transform(self, features):
-        return F.normalize(features - self.centre, dim=1)
+    def fit(self, features, labels):
+        self.centre.copy_(features.mean(0))
+        normalized = F.normalize(features - self.centre, dim=1)
+        sums = torch.zeros_like(self.means).index_add_(0, labels, normalized)
+        self.means.copy_(sums / labels.bincount(minlength=len(sums))[:, None])
 
     def forward(self, features):
-        return -torch.cdist(self.transform(features), self.means).square()
+        return -torch.cdist(F.normalize(features - self.centre, dim=1), self.means).square()
 
 
-class ScaledClassifier(nn.Module):
-    """LWS: scale * (W x + b), a learned scale per class [K], at first 1."""
+class Scales(nn.Module):
+    """LWS: a learned factor on the logits of each class, at first 1."""
 
-    def __init__(self, linear):
+    def __init__(self, num_classes):
         super().__init__()
-        self.linear, self.scale = linear, nn.Parameter(torch.ones_like(linear.bias))
+        self.scale = nn.Parameter(torch.ones(num_classes))
 
-    def forward(self, features):
-        return self.scale * self.linear(features)
+    def forward(self, logits):
+        return self.scale * logits
 
 
 def smoothing(class_counts, head, tail):
-    """LAS: smoothing of each class [K], `head` of the largest, `tail` of the smallest, a sine between."""
+    """LAS: eps_k of each class [K], `head` of the largest, `tail` of the smallest, a sine between."""
     n = class_counts.double()
     share = (n - n.min()) / (n.max() - n.min()).clamp(min=1)
     return (tail + (head - tail) * torch.sin(math.pi / 2 * share)).float()
 
 
-def smoothed_loss(logits, labels, eps):
-    """(1 - eps_y) (-log p_y) + eps_y mean_k(-log p_k), mean over the batch. eps [K]: 0 is cross-entropy."""
-    eps, log_p = eps[labels], logits.log_softmax(1)
-    return (-(1 - eps) * log_p.gather(1, labels[:, None])[:, 0] - eps * log_p.mean(1)).mean()
+def smoothed_losses(logits, labels, eps):
+    """LAS: (1 - eps_y) (-log p_y) + eps_y mean_k(-log p_k) of each image [B]. eps [K]; 0: cross-entropy."""
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return (1 - eps[labels]) * losses - eps[labels] * logits.log_softmax(1).mean(1)
+
+
+def new_classifier(old, args):
+    """What takes the place of stage 1's linear classifier `old`."""
+    if args.classifier in ("joint", "tune"):
+        return old
+    if args.classifier in ("lws", "las"):
+        return nn.Sequential(old, Scales(old.out_features))
+    if args.classifier == "ncm":
+        return NearestMean(old.in_features, old.out_features)
+    return nn.Linear(old.in_features, old.out_features, bias=args.classifier == "crt")
+
+
+def make_model(dataset, args):
+    network = models.build(args.arch, dataset, args.seed)
+    network.classifier = new_classifier(network.classifier, args)
+    return network
+
+
+def learning_rate(epoch, args):
+    """Learning rate of the 0-based `epoch`. Stage 2 begins at args.epochs."""
+    ahead = 1 if args.schedule == "to-zero" else 0  # of the released code
+    if epoch < args.epochs:
+        return recipes.learning_rate(epoch + ahead if args.cosine else epoch, args)
+    number = epoch - args.epochs
+    if args.schedule == "steps":  # of the Bag of Tricks, with 30 epochs
+        warm = min(6 * (number + 1) / args.stage2_epochs, 1.0)
+        return args.stage2_lr * warm * 0.1 ** min(3 * (number + 1) // args.stage2_epochs, 2)
+    length = 2 * args.stage2_epochs if args.schedule == "half" else args.stage2_epochs
+    return args.stage2_lr * 0.5 * (1 + math.cos(math.pi * (number + ahead) / length))
 
 
 @torch.no_grad()
@@ -158,50 +201,19 @@ def extract(accelerator, network, dataset, args):
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def balance_classifier(accelerator, network, train_set, held_out, args):
-    """Freeze the network and replace its classifier. Facts for the log."""
-    network.requires_grad_(False)
-    old, facts = network.classifier, {}
-    torch.manual_seed(args.seed)
-    if args.classifier == "crt":
-        network.classifier = nn.Linear(old.in_features, old.out_features)
-    elif args.classifier == "lws":
-        network.classifier = ScaledClassifier(old)
-    elif args.classifier == "las":
-        network.classifier = ScaledClassifier(old.requires_grad_(True))
-    elif args.classifier == "ncm":
-        features, labels = extract(accelerator, network, train_set, args)
-        network.classifier = NearestMean(features, labels, train_set.num_classes)
-    else:
-        tau = args.tau
-        if tau is None:
-            tau = best_tau(*extract(accelerator, network, held_out, args), old.weight, train_set.num_classes)
-        network.classifier = nn.Linear(old.in_features, old.out_features, bias=False)
-        network.classifier.weight.data = tau_normalized(old.weight.data, tau)
-        facts = {"tau": tau}
-    network.classifier.to(accelerator.device)
-    return facts
-
-
-def stage2_learning_rate(epoch, args):
-    """Learning rate of the 0-based `epoch` of stage 2: a cosine."""
-    return args.stage2_lr * 0.5 * (1 + math.cos(math.pi * epoch / args.stage2_epochs))
-
-
-def train_one_epoch(run, model, loader, optimizer, eps, mixup, bn_train):
-    model.train()
-    if not bn_train:
-        run.unwrap(model).eval()
+def train_one_epoch(run, model, loader, optimizer, eps, epoch, args):
+    is_stage2 = epoch >= args.epochs
+    model.train(args.bn_train or not is_stage2)
     for images, labels in run.steps(loader):
-        if mixup:
-            lam = run.rng.beta(mixup, mixup)
+        if args.mixup and not is_stage2:
+            share = run.rng.beta(args.mixup, args.mixup)
             order = torch.randperm(len(labels), device=labels.device)
-            logits = model(lam * images + (1 - lam) * images[order])
-            loss = lam * smoothed_loss(logits, labels, eps) + (1 - lam) * smoothed_loss(
-                logits, labels[order], eps
-            )
+            z = model(share * images + (1 - share) * images[order])
+            loss = share * F.cross_entropy(z, labels) + (1 - share) * F.cross_entropy(z, labels[order])
+        elif is_stage2 and args.classifier == "las":
+            loss = smoothed_losses(model(images), labels, eps).mean()
         else:
-            loss = smoothed_loss(model(images), labels, eps)
+            loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         run.accelerator.backward(loss)
         optimizer.step()
@@ -214,60 +226,63 @@ def main(args: Args) -> dict:
     run = Run(accelerator, args)
     train_set, test_set = datasets.load(args)
     run.set_data(train_set, test_set)
-    class_counts, held_out = train_set.class_counts, None
-    if args.held_out:
-        train_set, held_out = datasets.hold_out(train_set, args.held_out)
+    train_set, held_out = datasets.hold_out(train_set, args.held_out)
+    if args.classifier == "tau" and args.tau is None and not held_out:
+        raise cli.Refused(f"--held-out {args.held_out}: leaves no image to choose tau on; use 10, or --tau 1")
     test_loader = accelerator.prepare(datasets.test_loader(test_set, args))
-    network = models.build(args.arch, train_set, args.seed).to(accelerator.device)
-    no_smoothing = torch.zeros(len(class_counts), device=accelerator.device)
+    network = models.build(args.arch, train_set, args.seed, pretrained=args.pretrained).to(accelerator.device)
+    eps = smoothing(train_set.class_counts, *args.las[:2]).to(accelerator.device)
 
-    def train(epochs, order, lr_at, wd, eps=no_smoothing, mixup=0.0, bn_train=True):
-        """Train what is not frozen. lr_at: learning rate of the stage's 0-based epoch."""
-        loader = datasets.train_loader(train_set, args, order=order, stream=epochs.start)
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=wd)
+    def train(epochs, sampling, wd, parts):
+        """Train parts of the network, {module: factor on the learning rate}; the rest is frozen."""
+        order = None if sampling == "instance" else sampling_order(train_set, sampling, args)
+        loader = datasets.train_loader(train_set, args, order=order)
+        network.requires_grad_(False)
+        groups = []
+        for part, factor in parts.items():
+            groups.append(dict(params=part.requires_grad_(True).parameters(), factor=factor))
+        nesterov = epochs.start > 0 and args.schedule == "steps"
+        optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=wd, nesterov=nesterov)
         model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
         for epoch in run.epochs(epochs, model=model, optimizer=optimizer):
             loader.set_epoch(epoch)
-            optimizer.param_groups[0]["lr"] = lr_at(epoch - epochs.start)
-            train_one_epoch(run, model, loader, optimizer, eps, mixup, bn_train)
+            for group in optimizer.param_groups:
+                group["lr"] = group["factor"] * learning_rate(epoch, args)
+            train_one_epoch(run, model, loader, optimizer, eps, epoch, args)
             run.end_epoch(epoch, evaluation.per_split(run, model, test_loader))
         accelerator.free_memory()  # the next stage prepares the network anew, for its own part to be trained
 
     # Stage 1: representation
+    parts = {network: 1.0}
+    if args.last_block_lr:
+        _, block = models.split_last_block(network)
+        parts = {network.classifier: 1.0, block: args.last_block_lr / args.lr}
     if args.stage1:
         models.load_weights(args.stage1, network)
     else:
-        order = sampling_order(train_set, args.sampling, args)
-        train(
-            range(args.epochs),
-            order,
-            lambda epoch: recipes.learning_rate(epoch, args),
-            args.wd,
-            mixup=args.mixup,
-        )
-    if args.classifier == "joint":
-        return run.finish()
+        train(range(args.epochs), args.sampling, args.wd, parts)
 
     # Stage 2: classifier
-    facts = balance_classifier(accelerator, network, train_set, held_out, args)
-    if args.classifier in ("tau", "ncm"):  # nothing to train
-        for epoch in run.epochs(range(args.epochs, args.epochs + 1), model=network):
-            run.end_epoch(epoch, evaluation.per_split(run, network, test_loader), **facts)
-        return run.finish()
-    eps = no_smoothing
+    old = network.classifier
+    torch.manual_seed(args.seed)  # the same new classifier also in a resumed run
+    network.classifier = new_classifier(old, args).to(accelerator.device)
+    parts = {network.classifier: 1.0}
+    if args.classifier in ("lws", "las"):
+        parts = {network.classifier[1]: 1.0}
     if args.classifier == "las":
-        eps = smoothing(class_counts, args.las_head, args.las_tail).to(accelerator.device)
-    epochs = range(args.epochs, args.epochs + args.stage2_epochs)
-    order = sampling_order(train_set, "class", args)
-    train(
-        epochs,
-        order,
-        lambda epoch: stage2_learning_rate(epoch, args),
-        args.stage2_wd,
-        eps,
-        bn_train=args.bn_train,
-    )
+        parts[old] = args.las[2]
+    if args.classifier in ("crt", "tune", "lws", "las"):
+        train(range(args.epochs, args.epochs + args.stage2_epochs), "class", args.stage2_wd, parts)
+    elif args.classifier != "joint" or args.stage1:  # nothing to train
+        tau = args.tau
+        for epoch in run.epochs(range(args.epochs, args.epochs + 1), model=network):
+            if args.classifier == "ncm":
+                network.classifier.fit(*extract(accelerator, network, train_set, args))
+            if args.classifier == "tau":
+                if tau is None:
+                    tau = best_tau(*extract(accelerator, network, held_out, args), old.weight)
+                network.classifier.weight.data = tau_normalized(old.weight.data, tau)
+            run.end_epoch(epoch, evaluation.per_split(run, network, test_loader), tau=tau)
     return run.finish()
 
 
