@@ -3,9 +3,9 @@
 Paper:    Y. Zhang, X.-S. Wei, B. Zhou, J. Wu, "Bag of Tricks for Long-Tailed Visual Recognition with Deep
           Convolutional Neural Networks", AAAI 2021.
 Method:   1. train with input mixup on the images as they come                              train_one_epoch
-          2. from --drw-epoch on draw classes evenly, of the images and of new ones: the foreground of an
-             image, where its class activation map is above the mean, is flipped, moved, or turned and
-             scaled; the background stays             quotas, activation_maps, foregrounds, moved, paste
+          2. from --drw-epoch on draw classes evenly, of the images and of new ones, in which the
+             foreground, where the class activation map is above its mean, is flipped, moved, or turned
+             and scaled                               quotas, activation_maps, foregrounds, moved, paste
           3. end without mixup and without new images                                                  main
           Each trick is an option, --recipe plain has none. What re-balances is deferred to --drw-epoch.
 Differs:  as in the authors' toolbox, weights are n_min / n_k, and stage 3 draws classes evenly; as in the
@@ -14,6 +14,7 @@ Expected: imbalance 100: cifar10_lt 80.0, cifar100_lt 47.8; imagenet_lt, ResNet-
 Run:      accelerate launch bag_of_tricks.py --dataset cifar100_lt
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -52,10 +53,11 @@ RECIPES = {
     "image_list": FILES,
 }
 NO_TRICK = dict(mixup=0.0, sampling="instance", cam=False, finetune=False)
-HALF = {"cifar10_lt": HALF_CIFAR, "cifar100_lt": HALF_CIFAR, "imagenet_lt": HALF_LARGE, "inat2018": HALF_LARGE}
+HALF = {"cifar10_lt": HALF_CIFAR, "cifar100_lt": HALF_CIFAR,
+        "imagenet_lt": HALF_LARGE, "inat2018": HALF_LARGE}
 for name, row in list(RECIPES.items()):
-    RECIPES[f"{name} long"] = row | NO_TRICK  # for mixup alone
-    RECIPES[f"{name} plain"] = row | NO_TRICK | HALF.get(name, {})  # for another trick alone
+    RECIPES[name + " long"] = row | NO_TRICK  # for mixup alone
+    RECIPES[name + " plain"] = row | NO_TRICK | HALF.get(name, {})  # for another trick alone
 # fmt: on
 SCALE = 30.0  # LDAM's factor on the cosines
 LOSSES = ("ce", "focal", "smooth", "label-aware", "ldam", "cdt", "bs")
@@ -98,13 +100,6 @@ def class_weights(class_counts, reweight, beta=0.9999):
     return (class_counts.min() / class_counts).pow(power)
 
 
-def smoothing(class_counts, head=0.4, tail=0.1):
-    """LAS: smoothing of each class [K], `head` of the largest, `tail` of the smallest, a sine between."""
-    n = class_counts.double()
-    share = (n - n.min()) / (n.max() - n.min()).clamp(min=1)
-    return (tail + (head - tail) * torch.sin(math.pi / 2 * share)).float()
-
-
 def image_losses(logits, labels, class_counts, loss, gamma=2.0):
     """Loss of each image [B] in nats. logits [B, K] (LDAM: SCALE * cosine), labels [B], class_counts [K]."""
     onehot = F.one_hot(labels, len(class_counts))
@@ -121,8 +116,12 @@ def image_losses(logits, labels, class_counts, loss, gamma=2.0):
         logits = logits + class_counts.log()
     losses = F.cross_entropy(logits, labels, reduction="none")
     if loss in ("smooth", "label-aware"):
-        eps = 0.1 if loss == "smooth" else smoothing(class_counts)[labels]
-        return (1 - eps) * losses - eps * logits.log_softmax(1).mean(1)
+        eps = 0.1
+        if loss == "label-aware":  # 0.1 for the smallest class, 0.4 for the largest, a sine between
+            share = class_counts - class_counts.min()
+            share = share / share.max().clamp(min=1)
+            eps = (0.1 + 0.3 * torch.sin(math.pi / 2 * share))[labels]
+        losses = (1 - eps) * losses - eps * logits.log_softmax(1).mean(1)
     return losses
 
 
@@ -174,8 +173,7 @@ def quotas(class_counts, cap=None):
 
 
 def activation_maps(maps, rows, size):
-    """sum_k W[y, k] F_k, scaled to 0..1 (a constant one to 0) and resized to (H, W): [B, H, W].
-    maps: F [B, D, h, w], before pooling; rows: W[y] [B, D], of the classifier without its bias."""
+    """sum_k W[y, k] F_k, scaled to 0..1 and resized, [B, H, W]. maps: F [B, D, h, w], rows: W[y] [B, D]."""
     cam = torch.einsum("bdhw,bd->bhw", maps, rows)[:, None]
     cam = cam - cam.amin((2, 3), keepdim=True)
     cam = cam / cam.amax((2, 3), keepdim=True).clamp(min=1e-12)
@@ -189,8 +187,7 @@ def foregrounds(cam):
 
 
 def moved(layers, rng, rotation=45):
-    """layers [L, H, W] flipped, translated, or turned and scaled; 0 where nothing comes from inside.
-    The box of the foreground, which is layers[-2], stays inside, or is turned about its middle."""
+    """layers [L, H, W], the last but one the foreground, flipped, translated, or turned and scaled."""
     operation = rng.integers(3)
     if operation == 0 or not layers[-2].any():
         return layers.flip(2)
@@ -212,15 +209,6 @@ def paste(layers, new):
     return torch.where(where.bool(), new, layers)[:-2]
 
 
-def write_image(path, image):
-    try:
-        path.parent.mkdir(exist_ok=True)
-        to_pil_image(image).save(path, quality=95)
-        return path
-    except OSError as error:
-        raise Refused(f"{path}: cannot be written ({error}); mend that, then --resume") from None
-
-
 @torch.no_grad()
 def with_new_images(run, network, train_set, args):
     """The training set and new images by `quotas`, each made from a random one of its class.
@@ -233,10 +221,10 @@ def with_new_images(run, network, train_set, args):
     cli.say(f"making {len(sources)} new images")
     if len(sources) == 0:
         return train_set
-    in_files = isinstance(train_set, datasets.ImageFiles)
     parts = np.array_split(np.arange(len(sources)), run.accelerator.num_processes)
     mine = parts[run.accelerator.process_index]
-
+    in_files = isinstance(train_set, datasets.ImageFiles)
+    folder = run.folder.absolute() / "new_images"
     made = []
     weight = network.eval().classifier.weight
     rows = weight.T if args.loss == "ldam" else weight
@@ -250,7 +238,9 @@ def with_new_images(run, network, train_set, args):
             rng = np.random.default_rng([args.seed, i])
             new = paste(layers, moved(layers, rng, args.rotation))
             if in_files:
-                new = write_image(run.folder.absolute() / "new_images" / f"{i:07d}.jpg", new)
+                folder.mkdir(exist_ok=True)
+                to_pil_image(new).save(folder / f"{i:07d}.jpg", quality=95)
+                new = folder / f"{i:07d}.jpg"
             made.append(new)
     made = gather_object(made)
     if in_files:
@@ -263,12 +253,7 @@ def with_new_images(run, network, train_set, args):
 
 def make_model(dataset, args):
     scale = SCALE if args.loss == "ldam" else None
-    network = models.build(args.arch, dataset, args.seed, cosine=scale, pretrained=args.pretrained)
-    if args.cam:
-        maps = network.eval().feature_map(torch.zeros(1, *dataset.shape))
-        if args.arch == "lenet" or maps[0, 0].numel() == 1:
-            raise Refused(f"--arch {args.arch}: no places in its feature map; use resnet32, or --no-cam")
-    return network
+    return models.build(args.arch, dataset, args.seed, cosine=scale, pretrained=args.pretrained)
 
 
 def learning_rate(epoch, args):
@@ -299,12 +284,12 @@ def train_one_epoch(run, model, loader, optimizer, class_counts, epoch, args):
         if args.mixup and epoch < args.epochs:  # not in stage 3
             lam = run.rng.beta(args.mixup, args.mixup)
             order = torch.randperm(len(labels), device=labels.device)
-            others, other_labels = images[order], labels[order]
+            other_labels = labels[order]
             if args.mix == "manifold":  # with a linear classifier as if features were mixed
                 logits = model(images)
                 logits = lam * logits + (1 - lam) * logits[order]
             else:
-                logits = model(lam * images + (1 - lam) * others)
+                logits = model(lam * images + (1 - lam) * images[order])
             share = lam
             if args.mix == "remix":
                 share = remix_share(lam, class_counts[labels], class_counts[other_labels])
@@ -325,6 +310,9 @@ def main(args: Args) -> dict:
     run.set_data(train_set, test_set)
     test_loader = datasets.test_loader(test_set, args)
     model = make_model(train_set, args)
+    maps = model.eval().feature_map(torch.zeros(1, *train_set.shape))
+    if args.cam and (args.arch == "lenet" or maps[0, 0].numel() == 1):
+        raise Refused(f"--arch {args.arch}: no places in its feature map; use resnet32, or --no-cam")
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=True
     )
@@ -339,26 +327,20 @@ def main(args: Args) -> dict:
             train_one_epoch(run, model, loader, optimizer, class_counts, epoch, args)
             run.end_epoch(epoch, evaluation.per_split(run, model, test_loader))
 
-    # Stage 1
-    train(range(args.drw_epoch), datasets.train_loader(train_set, args))
-
-    # Stage 2: re-balancing, with new images a run of its own
+    train(range(args.drw_epoch), datasets.train_loader(train_set, args))  # stage 1
     pool, kept = train_set, {}
     if args.cam and run.done + 1 < args.epochs:
-        network = make_model(train_set, args).to(accelerator.device)
-        network.load_state_dict(run.unwrap(model).state_dict())
+        network = copy.deepcopy(run.unwrap(model))
         if run.checkpoint:  # of stage 2, which has the network of stage 1, too
             network.load_state_dict(run.checkpoint["state"]["stage1"])
         pool = with_new_images(run, network, train_set, args)
         kept["stage1"] = network
         optimizer.state.clear()
-    train(range(args.drw_epoch, args.epochs), make_loader(pool, train_set, args), **kept)
-
-    # Stage 3: without mixup
+    train(range(args.drw_epoch, args.epochs), make_loader(pool, train_set, args), **kept)  # stage 2
     if args.finetune:
         optimizer.state.clear()
         last = args.epochs + args.stage3_epochs
-        train(range(args.epochs, last), make_loader(train_set, train_set, args))
+        train(range(args.epochs, last), make_loader(train_set, train_set, args))  # stage 3
     return run.finish()
 
 

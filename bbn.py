@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
+from torch.optim import SGD
 
 from common import cli, datasets, evaluation, models, recipes
 from common.runs import Run
@@ -27,14 +28,14 @@ from common.runs import Run
 # Settings of the released code, of a user of it (ImageNet-LT), and ours where there is none.
 # fmt: off
 CIFAR = dict(arch="resnet32", epochs=200, lr_steps=(119, 159), lr_factor=0.01, warmup=5, warmup_from=1 / 3,
-             wd=2e-4)
+             wd=2e-4, nesterov=True)
 INAT = dict(arch="resnet50", imbalance=None, epochs=180, lr=0.05, lr_steps=(119, 159), wd=1e-4,
-            alpha_epochs=200)
+            nesterov=True, alpha_epochs=200)
 RECIPES = {
     "cifar10_lt": CIFAR,
     "cifar100_lt": CIFAR,
     "imagenet_lt": dict(arch="resnet50", imbalance=None, epochs=90, batch_size=256, cosine=True, wd=5e-4,
-                        augment="jitter", alpha_epochs=100),
+                        augment="jitter", nesterov=True, alpha_epochs=100),
     "inat2017": INAT,
     "inat2018": dict(INAT, splits=(100, 21)),
     **recipes.OWN,
@@ -131,9 +132,7 @@ def main(args: Args) -> dict:
     reversed_loader = datasets.train_loader(train_set, args, image_weights(train_set, args.q), stream=1)
     test_loader = datasets.test_loader(test_set, args)
     model = make_model(train_set, args)
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=not args.manifold
-    )
+    optimizer = SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov)
     model, optimizer = accelerator.prepare(model, optimizer)
     loader, reversed_loader, test_loader = accelerator.prepare(loader, reversed_loader, test_loader)
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
+from torch.optim import SGD
 
 from common import cli, datasets, evaluation, models, recipes
 from common.cli import Refused
@@ -234,7 +235,7 @@ def main(args: Args) -> dict:
     loader = datasets.train_loader(train_set, args)
     test_loader = datasets.test_loader(test_set, args)
     model = make_model(train_set, args)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)
+    optimizer = SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov)
     model, optimizer = accelerator.prepare(model, optimizer)
     loader, test_loader = accelerator.prepare(loader, test_loader)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
+from torch.optim import SGD
 from torchvision.transforms import v2
 
 from common import cli, datasets, evaluation, models, recipes
@@ -53,6 +54,7 @@ RECIPES = {
     "image_list": FILES,
 }
 # fmt: on
+STREAMS = ("foreground", "background", "both", "none")
 SCALE = 30.0  # LDAM's factor on the cosines
 ALONE = {"blur": v2.GaussianBlur(13, (0.1, 2.0)), "jitter": v2.ColorJitter(0.4, 0.4, 0.4, 0.1)}
 
@@ -73,11 +75,7 @@ class Args(cli.Args):
     mix_end: int = cli.option(3, "epochs without them at the end", least=0, is_epoch=True)
     r: float = cli.option(1.0, "exponent of Eq. (2): 0 natural, 1 class-balanced, 2 reversed", least=0)
     effective: bool = cli.option(False, "weights by effective numbers instead of Eq. (2), its ablation E(k)")
-    weighted: str = cli.option(
-        "foreground",
-        "what is drawn with Eq. (2); none: foregrounds are the batch reordered (plain CutMix, mixup, Remix)",
-        choices=("foreground", "background", "both", "none"),
-    )
+    weighted: str = cli.option("foreground", "drawn by Eq. (2); none: the batch reordered", choices=STREAMS)
 
 
 def image_weights(dataset, r=1.0, effective=False):
@@ -192,7 +190,7 @@ def main(args: Args) -> dict:
     foregrounds = datasets.train_loader(train_set, args, foreground_weights, stream=1)
     test_loader = datasets.test_loader(test_set, args)
     model = make_model(train_set, args)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)
+    optimizer = SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov)
     model, optimizer = accelerator.prepare(model, optimizer)
     backgrounds, foregrounds, test_loader = accelerator.prepare(backgrounds, foregrounds, test_loader)
     class_counts = train_set.class_counts.float().to(accelerator.device)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
+from torch.optim import SGD
 
 from common import cli, datasets, evaluation, models, recipes
 from common.cli import Refused
@@ -57,7 +58,6 @@ class Args(cli.Args):
     mu: float = cli.option(0.8, "eqlv2: mu of f")
     alpha: float = cli.option(4.0, "eqlv2: positive weight 1 + alpha (1 - f(g))", least=0)
     tau: float = cli.option(1.0, "softmax_eql: factor on log G_k", least=0)
-    nesterov: bool = cli.option(False, "Nesterov momentum")
 
 
 def share_for_tail_ratio(class_counts, ratio):
@@ -198,9 +198,7 @@ def main(args: Args) -> dict:
     test_loader = datasets.test_loader(test_set, args)
     model = make_model(train_set, args)
     gradients = Gradients(train_set.num_classes).to(accelerator.device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov
-    )
+    optimizer = SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov)
     model, optimizer = accelerator.prepare(model, optimizer)
     loader, test_loader = accelerator.prepare(loader, test_loader)
 

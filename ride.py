@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
+from torch.optim import SGD
 
 from common import cli, datasets, evaluation, models, recipes
 from common.runs import Run
@@ -27,11 +28,11 @@ from common.runs import Run
 # Settings of the released code, one row per data set, and ours where it has none.
 # fmt: off
 CIFAR = dict(arch="resnet32", epochs=200, lr_steps=(160, 180), lr_factor=0.01, warmup=5, wd=5e-4,
-             drw_epoch=160, augment="rotate")
+             nesterov=True, drw_epoch=160, augment="rotate")
 IMAGENET = dict(arch="resnet50", epochs=100, batch_size=256, lr_steps=(60, 80), warmup=5, wd=2e-4,
-                drw_epoch=80, imbalance=None, augment="jitter", diversity=-0.2, spread=0.02)
+                nesterov=True, drw_epoch=80, imbalance=None, augment="jitter", diversity=-0.2, spread=0.02)
 INAT = dict(arch="resnet50", epochs=100, batch_size=512, lr=0.2, lr_steps=(60, 80), warmup=5, wd=2e-4,
-            drw_epoch=80, imbalance=None, splits=(100, 21), diversity=-0.2, spread=0.015)
+            nesterov=True, drw_epoch=80, imbalance=None, splits=(100, 21), diversity=-0.2, spread=0.015)
 MNIST = dict(recipes.MNIST, drw_epoch=6, mix_start=0, mix_end=1)
 FILES = dict(recipes.FILES, drw_epoch=80, diversity=-0.2)
 RECIPES = {
@@ -47,6 +48,7 @@ RECIPES = {
     "image_list": FILES,
 }
 # fmt: on
+STREAMS = ("foreground", "background", "both", "none")
 SCALE = 30.0  # LDAM's factor on the cosines
 
 
@@ -62,11 +64,7 @@ class Args(cli.Args):
     alpha: float = cli.option(1.0, "lambda ~ Beta(alpha, alpha)", above=0)
     mix_start: int = cli.option(4, "first 0-based epoch with mixed batches", least=0, is_epoch=True)
     mix_end: int = cli.option(3, "epochs without them at the end", least=0, is_epoch=True)
-    weighted: str = cli.option(
-        "foreground",
-        "what is drawn class-balanced; none: foregrounds are the batch reordered (plain CutMix, Remix)",
-        choices=("foreground", "background", "both", "none"),
-    )
+    weighted: str = cli.option("foreground", "drawn by Eq. (2); none: the batch reordered", choices=STREAMS)
 
 
 def image_weights(dataset):
@@ -221,9 +219,7 @@ def main(args: Args) -> dict:
     foregrounds = datasets.train_loader(train_set, args, foreground_weights, stream=1)
     test_loader = datasets.test_loader(test_set, args)
     model = make_model(train_set, args)
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=True
-    )
+    optimizer = SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov)
     model, optimizer = accelerator.prepare(model, optimizer)
     backgrounds, foregrounds, test_loader = accelerator.prepare(backgrounds, foregrounds, test_loader)
     class_counts = train_set.class_counts.float().to(accelerator.device)

@@ -86,6 +86,7 @@ class Args:
     warmup: int = option(0, "epochs of linear warm-up", least=0, is_epoch=True)
     warmup_from: float = option(0.0, "share of the learning rate at which that begins", least=0, most=1)
     wd: float = option(0.0, "weight decay", least=0)
+    nesterov: bool = option(False, "Nesterov momentum")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -106,8 +106,11 @@ def draw(weights, size, generator):
     return torch.searchsorted(cumulative, points, right=True).clamp(max=len(cumulative) - 1)
 
 
-def class_aware(dataset, in_a_row=4):
-    """An order that goes round all classes, taking of each the next `in_a_row` of its shuffled images."""
+def class_aware(dataset, in_a_row=4, size=None):
+    """An order that goes round all classes, taking of each the next `in_a_row` of its shuffled images.
+
+    Of `size` images, by default as many as there are.
+    """
 
     def forever(items, generator):
         while True:
@@ -118,7 +121,7 @@ def class_aware(dataset, in_a_row=4):
         images_of = [forever(positions.tolist(), generator) for positions in dataset.by_class()]
         classes = forever(range(len(images_of)), generator)
         images = (next(images_of[k]) for k in classes for _ in range(in_a_row))
-        return torch.tensor(list(itertools.islice(images, len(dataset))))
+        return torch.tensor(list(itertools.islice(images, size or len(dataset))))
 
     return order
 
@@ -319,7 +322,8 @@ def load_torchvision(args):
         try:
             train, test = (make(root, train=part, download=True) for part in (True, False))
         except Exception as error:  # a download fails in many ways
-            raise Refused(f"--data-dir {root}: no {args.dataset}, and no download ({error})") from None
+            reason = str(error).splitlines()[0]
+            raise Refused(f"--data-dir {root}: no {args.dataset}, and no download ({reason})") from None
     labels, test_labels, generator = np.array(train.targets), np.array(test.targets), np.random.RandomState(0)
     kept = cut(labels, len(train.classes), args.imbalance or 1, largest, generator)
     images, labels = torch.as_tensor(train.data[kept]), labels[kept]

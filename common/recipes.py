@@ -27,7 +27,7 @@ EQUAL = {"cifar10_lt": CIFAR, "cifar100_lt": CIFAR, "imagenet_lt": LARGE, "place
 EQUAL |= {"inat2017": INAT, "inat2018": INAT, **OWN}
 # What an equal recipe has where it names no value, whatever the paper's.
 PLAIN = dict(batch_size=128, lr=0.1, lr_steps=(), lr_factor=0.1, cosine=False, warmup=0, warmup_from=0.0)
-PLAIN |= dict(wd=0.0, augment="weak", pretrained=False, splits=(100, 20))
+PLAIN |= dict(wd=0.0, nesterov=False, augment="weak", pretrained=False, splits=(100, 20))
 
 
 def learning_rate(epoch, args):

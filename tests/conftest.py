@@ -74,7 +74,8 @@ def run_here(script, **options):
 def command(script, processes=1, **options):
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        # -- because torchrun takes --r and --start for its own
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
     return [*start, str(ROOT / script), *words(options)]
 
 

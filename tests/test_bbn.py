@@ -501,11 +501,12 @@ def test_short_runs_scale(dataset):
     assert args.epochs == 2 and (args.alpha_epochs or 2) == 2 and max(args.lr_steps, default=0) <= 2
 
 
-@pytest.mark.parametrize("manifold", [False, True])
-def test_optimiser(handed, manifold):
-    model, _, _, optimizer = handed(manifold=manifold, wd=2e-4, warmup=5, warmup_from=0.2)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_optimiser(handed, nesterov):
+    assert parse("bbn.py", dataset="cifar10_lt").nesterov and parse("bbn.py", dataset="inat2018").nesterov
+    model, _, _, optimizer = handed(nesterov=nesterov, wd=2e-4, warmup=5, warmup_from=0.2)
     group = optimizer.param_groups[0]
-    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 2e-4, not manifold)
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 2e-4, nesterov)
     assert group["lr"] == pytest.approx(0.05 * 0.36)
     assert len(group["params"]) == len(list(model.parameters()))
 

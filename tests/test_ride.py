@@ -285,7 +285,8 @@ def test_optimiser(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(ride, "train_one_epoch", spy)
     with pytest.raises(InterruptedError):
-        run_here("ride.py", **TINY, output_dir=tmp_path / "run")
+        run_here("ride.py", **TINY, nesterov=True, output_dir=tmp_path / "run")
+    assert all(parse("ride.py", dataset=name).nesterov for name in ("cifar10_lt", "imagenet_lt", "inat2018"))
     assert (seen[0]["momentum"], seen[0]["weight_decay"], seen[0]["nesterov"]) == (0.9, 5e-4, True)
 
 

@@ -32,7 +32,7 @@ from tests.conftest import (
 
 # Options that make each script use all of its method within two epochs.
 METHOD = {
-    "bag_of_tricks.py": dict(epochs=1, stage2_epochs=1, stage3_epochs=1, generate="image-trans"),
+    "bag_of_tricks.py": dict(drw_epoch=1, stage3_epochs=1),
     "balanced_meta_softmax.py": dict(lr_steps=(), stage2_epochs=2, stage2_lr=0.02, meta_batch_size=40),
     "bbn.py": dict(),
     "class_rectification.py": dict(crl_epoch=1, level="instance", kappa=5),
@@ -48,7 +48,7 @@ EXACT = dict(arch="lenet", augment="none", lr=0.02)
 # Options that take away what each process does on its own share of a batch.
 ALIKE = {
     "bag_of_tricks.py": dict(
-        mixup=0.0, finetune=False, generate="none"
+        mixup=0.0, finetune=False, cam=False
     ),  # partners come from a process's own share
     "csa.py": dict(bank=0),  # contexts come from its own bank
 }
@@ -149,6 +149,8 @@ def settings(script, dataset, recipe):
 def test_equal_terms(script):
     """The same training settings in all scripts: where there is no published one, and by --recipe equal."""
     for dataset in recipes.OWN:
+        if script == "csa.py" and "mnist" in dataset:  # LeNet's map shows no places
+            continue
         assert settings(script, dataset, "paper") == settings("cmo.py", dataset, "paper")
     for dataset in ("cifar10_lt", "cifar100_lt", "imagenet_lt", "inat2018"):
         assert settings(script, dataset, "equal") == settings("cmo.py", dataset, "equal")

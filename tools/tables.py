@@ -1,8 +1,8 @@
 """Fills the tables of README.md and docs/*.md: `python -m tools.tables`. A test finds those out of date.
 
-A table lies between `<!-- table: WHAT -->` and `<!-- end of table -->`. WHAT is `systems PAPER`, the systems
-of a paper's comparison tables, or a file such as `results/synthetic_cmo.jsonl`, the runs of which are shown
-as tools.compare does.
+A table lies between `<!-- table: WHAT -->` and `<!-- end of table -->`. WHAT is `methods`, the README's
+choice of systems, `systems PAPER`, all of a paper's comparison tables, or a file such as
+`results/synthetic_cmo.jsonl`, the runs of which are shown as tools.compare does.
 
 A line of results/systems.jsonl is a system: the command that runs it, or null, and its published figures.
 `python COMMAND --dataset KEY` is the run of a figure, KEY its key. Ours is the mean over the recorded results
@@ -39,6 +39,27 @@ SETS = {
 }
 NETWORKS = {"resnet": "ResNet", "resnext": "ResNeXt", "wide_resnet": "Wide ResNet"}
 MOST = 8  # columns of figures in a table
+METHODS = [  # paper, system: the rows of the README's table
+    ("BBN", "CE"),
+    ("BBN", "CE-DRW"),
+    ("BBN", "LDAM-DRW"),
+    ("CMO", "CE-DRW + CMO"),
+    ("CMO", "LDAM-DRW + CMO"),
+    ("CMO", "BS + CMO"),
+    ("CMO", "RIDE (3 experts) + CMO"),
+    ("BBN", "BBN"),
+    ("CSA", "CSA"),
+    ("CSA", "CSA + mixup"),
+    ("CSA", "cRT"),
+    ("CSA", "LWS"),
+    ("Balanced Meta-Softmax", "BS"),
+    ("Balanced Meta-Softmax", "BALMS"),
+    ("Meta-learned weights", "meta-learned weights, CE"),
+    ("Meta-learned weights", "meta-learned weights, LDAM"),
+    ("Bag of tricks", "DRS CAM class-balanced"),
+    ("Bag of tricks", "bag of tricks"),
+    ("Equalization losses", "SEQL"),
+]
 
 
 def read_systems():
@@ -168,8 +189,27 @@ def of_systems(systems, results):
     return "\n\n".join(tables)
 
 
+def of_methods(results):
+    """A row for each of METHODS, with its figures at imbalance 100 and on ImageNet-LT."""
+    systems = {(system["paper"], system["system"]): system for system in read_systems()}
+    heads = ["CIFAR-10, 100", "CIFAR-100, 100", "ImageNet-LT"]
+    lines = [["method", "paper", "script", *heads], ["---"] * 6]
+    for paper, name in METHODS:
+        system = systems[paper, name]
+        script = system["command"].split()[0]
+        page = f"[`{script}`](docs/{script.removesuffix('.py')}.md)"
+        row = {}
+        for key in system["published"]:
+            head, _, network = column(key).partition(", ResNet-")
+            row.setdefault(head, cell(system, key, results) + f", ResNet-{network}" * bool(network))
+        lines.append([name, paper, page, *[row.get(head, "") for head in heads]])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def table(what):
-    """The markdown of `systems PAPER` or of a file of results."""
+    """The markdown of `methods`, of `systems PAPER` or of a file of results."""
+    if what == "methods":
+        return of_methods(recorded())
     if what.startswith("systems "):
         paper = what.removeprefix("systems ")
         systems = [system for system in read_systems() if system["paper"] == paper]
