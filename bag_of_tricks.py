@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import gather_object
+from torch.optim import SGD
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import affine, to_pil_image
 
@@ -33,9 +34,9 @@ from common.runs import Run
 # Settings of the toolbox (CIFAR, ImageNet-LT), of ImageNet-LT for iNaturalist, and ours where it has none.
 # fmt: off
 CIFAR = dict(arch="resnet32", epochs=400, lr_steps=(319, 359), lr_factor=0.01, warmup=5, warmup_from=1 / 3,
-             wd=2e-4, drw_epoch=320)
+             wd=2e-4, nesterov=True, drw_epoch=320)
 LARGE = dict(arch="resnet10", imbalance=None, epochs=200, batch_size=512, lr=0.2, lr_steps=(119, 159, 199),
-             wd=1e-4, drw_epoch=160)
+             wd=1e-4, nesterov=True, drw_epoch=160)
 HALF_CIFAR = dict(epochs=200, lr_steps=(159, 179), drw_epoch=160)
 HALF_LARGE = dict(epochs=100, lr_steps=(59, 79), drw_epoch=80)
 MNIST = dict(recipes.MNIST, drw_epoch=6, stage3_epochs=1, cam=False)
@@ -304,7 +305,7 @@ def train_one_epoch(run, model, loader, optimizer, class_counts, epoch, args):
 
 def main(args: Args) -> dict:
     config = DataLoaderConfiguration(split_batches=True)
-    accelerator = Accelerator(dataloader_config=config, log_with=args.log_with)
+    accelerator = Accelerator(dataloader_config=config)
     run = Run(accelerator, args)
     train_set, test_set = datasets.load(args)
     run.set_data(train_set, test_set)
@@ -313,9 +314,7 @@ def main(args: Args) -> dict:
     maps = model.eval().feature_map(torch.zeros(1, *train_set.shape))
     if args.cam and (args.arch == "lenet" or maps[0, 0].numel() == 1):
         raise Refused(f"--arch {args.arch}: no places in its feature map; use resnet32, or --no-cam")
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=True
-    )
+    optimizer = SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov)
     model, optimizer, test_loader = accelerator.prepare(model, optimizer, test_loader)
     class_counts = train_set.class_counts.float().to(accelerator.device)
 

@@ -233,7 +233,7 @@ def train_one_epoch(run, model, loader, meta_loader, optimizer, rates, psi_optim
 
 def main(args: Args) -> dict:
     config = DataLoaderConfiguration(split_batches=True)
-    accelerator = Accelerator(dataloader_config=config, log_with=args.log_with)
+    accelerator = Accelerator(dataloader_config=config)
     run = Run(accelerator, args)
     train_set, test_set = datasets.load(args)
     meta_set = datasets.load_list(args, "meta_list", train_set).plain() if args.meta_list else train_set

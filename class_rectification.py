@@ -227,7 +227,7 @@ def train_one_epoch(run, model, loader, optimizer, alpha, epoch, args):
 
 def main(args: Args) -> dict:
     config = DataLoaderConfiguration(split_batches=True)
-    accelerator = Accelerator(dataloader_config=config, log_with=args.log_with)
+    accelerator = Accelerator(dataloader_config=config)
     run = Run(accelerator, args)
     train_set, test_set = datasets.load(args)
     run.set_data(train_set, test_set)

@@ -168,7 +168,7 @@ def train_one_epoch(run, model, loader, balanced_loader, optimizer, epoch, args)
 def main(args: Args) -> dict:
     config = DataLoaderConfiguration(split_batches=True)
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # head_b's, while the bank fills
-    accelerator = Accelerator(dataloader_config=config, log_with=args.log_with, kwargs_handlers=[unused])
+    accelerator = Accelerator(dataloader_config=config, kwargs_handlers=[unused])
     run = Run(accelerator, args)
     train_set, test_set = datasets.load(args)
     run.set_data(train_set, test_set)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import nn
 from torch.func import functional_call, jvp
+from torch.optim import SGD
 
 from common import cli, datasets, evaluation, models, recipes
 from common.runs import Run
@@ -33,10 +34,10 @@ from common.runs import Run
 # Settings of the released code (CIFAR; mwnet: Meta-Weight-Net's), the paper's few (large sets), and ours.
 # fmt: off
 CIFAR = dict(arch="resnet32", epochs=200, batch_size=100, lr_steps=(159, 179), lr_factor=0.01, wd=5e-4,
-             pretrain_epochs=160, dev="apart")
+             nesterov=True, pretrain_epochs=160, dev="apart")
 MWNET = dict(CIFAR, method="mwnet", epochs=100, lr_steps=(80, 90), lr_factor=0.1, pretrain_epochs=0)
 LARGE = dict(arch="resnet50", imbalance=None, epochs=120, batch_size=256, lr=0.01, lr_steps=(60, 80), wd=5e-4,
-             pretrained=True, pretrain_epochs=100, freeze_backbone=True)
+             nesterov=True, pretrained=True, pretrain_epochs=100, freeze_backbone=True)
 MNIST = dict(recipes.MNIST, pretrain_epochs=6)
 FILES = dict(recipes.FILES, pretrain_epochs=80, freeze_backbone=True, dev_per_class=5)
 RECIPES = {
@@ -93,7 +94,8 @@ def load(args):
     if args.dev == "apart" and not args.dev_list:  # with the seeds of the released code
         everything, test_set = datasets.load(dataclasses.replace(args, imbalance=None))
         rest, dev_set = datasets.hold_out(everything, args.dev_per_class, seed=6)
-        kept = datasets.cut(rest.labels.numpy(), rest.num_classes, args.imbalance or 1, generator=Random(42))
+        labels = rest.labels.numpy()
+        kept = datasets.cut(labels, rest.num_classes, args.imbalance or 1, generator=Random(42))
         cli.say(f"{len(dev_set)} of these for development, {len(kept)} for training")
         return [rest.subset(kept), test_set, dev_set]
     train_set, test_set = datasets.load(args)
@@ -172,7 +174,7 @@ class WeightNet(nn.Sequential):
         torch.manual_seed(seed)
         layers = nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid()
         super().__init__(nn.Unflatten(0, (-1, 1)), *layers, nn.Flatten(0))
-        self.sgd = torch.optim.SGD(self.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        self.sgd = SGD(self.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
 def mwnet_weights(accelerator, gradients, losses, weight_net):
@@ -256,7 +258,7 @@ def train_one_epoch(run, model, network, optimizer, loader, dev_loader, weight_n
 def main(args: Args) -> dict:
     config = DataLoaderConfiguration(split_batches=True)
     unused = DistributedDataParallelKwargs(find_unused_parameters=args.freeze_backbone)
-    accelerator = Accelerator(dataloader_config=config, log_with=args.log_with, kwargs_handlers=[unused])
+    accelerator = Accelerator(dataloader_config=config, kwargs_handlers=[unused])
     run = Run(accelerator, args)
     train_set, test_set, *dev_sets = load(args)
     run.set_data(train_set, test_set, *dev_sets)
@@ -269,9 +271,7 @@ def main(args: Args) -> dict:
     test_loader = datasets.test_loader(test_set, args)
     network = make_model(train_set, args)
     full_precision = copy.copy(network)  # the same parameters, never in half precision
-    optimizer = torch.optim.SGD(
-        network.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=True
-    )
+    optimizer = SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov)
     weight_net = WeightNet(args.seed, args.mwnet_lr).to(accelerator.device)
     model, optimizer, first_loader, second_loader, dev_loader, test_loader = accelerator.prepare(
         network, optimizer, first_loader, second_loader, dev_loader, test_loader

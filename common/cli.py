@@ -225,7 +225,7 @@ def one_line(error):
     if isinstance(error, Refused):  # of a loader process it has a traceback before it
         return " ".join(text.rpartition("Refused: ")[2].split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return f"out of memory ({text[:75].splitlines()[0]}); halve --batch-size, then --resume"
+        return f"out of memory ({text[:75].splitlines()[0]}); halve --batch-size and begin anew"
     if "more than 1 value per channel" in text:  # in the first step
         return "BatchNorm sees one value per channel; raise --batch-size or --image-size"
     if "DataLoader worker (pid" in text:

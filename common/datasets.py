@@ -324,7 +324,11 @@ def load_torchvision(args):
         except Exception as error:  # a download fails in many ways
             reason = str(error).splitlines()[0]
             raise Refused(f"--data-dir {root}: no {args.dataset}, and no download ({reason})") from None
-    labels, test_labels, generator = np.array(train.targets), np.array(test.targets), np.random.RandomState(0)
+    labels, test_labels, generator = (
+        np.asarray(train.targets),
+        np.asarray(test.targets),
+        np.random.RandomState(0),
+    )
     kept = cut(labels, len(train.classes), args.imbalance or 1, largest, generator)
     images, labels = torch.as_tensor(train.data[kept]), labels[kept]
     test_images, statistics, padding = torch.as_tensor(test.data), ((0.0,), (1.0,)), 0

@@ -24,6 +24,7 @@ import accelerate
 import numpy as np
 import torch
 import torchvision
+from accelerate.tracking import filter_trackers
 from accelerate.utils import gather_object, set_seed, tqdm
 from safetensors.torch import save
 
@@ -53,6 +54,8 @@ class Run:
             "loader processes": args.num_workers,
             "threads": torch.get_num_threads(),
         }
+        accelerator.project_configuration.set_directories(str(self.folder))
+        accelerator.log_with = filter_trackers(args.log_with, str(self.folder))
         self.refuse_launch()
         if self.is_main:
             self.lock()
@@ -62,7 +65,6 @@ class Run:
         self.same_everywhere("options or checkpoints", (self.options, self.facts, self.history[-1:]))
         if self.is_main:
             write(self.folder / "args.json", json.dumps(self.options, indent=1))
-        accelerator.project_configuration.set_directories(str(self.folder))
         accelerator.init_trackers("log", {name: str(value) for name, value in self.options.items()})
         torch.backends.cudnn.deterministic = True  # or a resumed run would differ on a GPU
 

@@ -682,6 +682,7 @@ def test_the_recipes():
     assert (args.drw_epoch, args.epochs, args.stage3_epochs, args.cap) == (160, 200, 20, 100)
     assert (args.arch, args.batch_size, args.wd, args.lr, args.warmup) == ("resnet10", 512, 1e-4, 0.2, 0)
     inat = parse(SCRIPT, dataset="inat2018")
+    assert args.nesterov and inat.nesterov and plain.nesterov
     assert (args.augment, inat.augment, inat.arch, inat.cap) == ("jitter", "weak", "resnet50", 50)
     assert parse(SCRIPT, dataset="image_folder").cap == 100
 
@@ -740,7 +741,7 @@ def test_what_each_stage_trains_on(cam, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bag, "train_one_epoch", spy)
     monkeypatch.setattr(bag, "with_new_images", spy_on_images)
-    tiny = {**TINY, "drw_epoch": 1, "stage3_epochs": 1, "wd": 3e-4}
+    tiny = {**TINY, "drw_epoch": 1, "stage3_epochs": 1, "wd": 3e-4, "nesterov": True}
     result = run_here(SCRIPT, **tiny, cam=cam, output_dir=tmp_path / "run")
     assert len(lines_of(tmp_path / "run")) == 3 and math.isfinite(result["loss"])
     assert [facts["momentum_goes_on"] for facts in seen] == [False, not cam, False]

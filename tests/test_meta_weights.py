@@ -515,6 +515,7 @@ def test_learning_rates():
     inner = [meta_weights.inner_learning_rate(e, args) for e in (159, 160, 179, 180)]
     close(inner, [0.1, 1e-3, 1e-3, 1e-5], 1e-12)
     assert (args.epochs, args.pretrain_epochs, args.batch_size, args.wd) == (200, 160, 100, 5e-4)
+    assert args.nesterov
     mwnet = parse("meta_weights.py", dataset="cifar10_lt", recipe="mwnet")
     assert (mwnet.method, mwnet.epochs, mwnet.pretrain_epochs) == ("mwnet", 100, 0)
     rates = [meta_weights.inner_learning_rate(e, mwnet) for e in (79, 80, 90)]
@@ -547,8 +548,8 @@ def test_two_parts(tmp_path, monkeypatch):
         return gradients(accelerator, network, batch, dev_batch, lr, loss, weights)
 
     monkeypatch.setattr(meta_weights, "weight_gradients", spy)
-    options = dict(SHORT, epochs=4, lr_steps=(2,), lr_factor=0.1)
-    result = run_here("meta_weights.py", **options, pretrain_epochs=1, wd=5e-4, output_dir=tmp_path / "run")
+    options = dict(SHORT, epochs=4, lr_steps=(2,), lr_factor=0.1, wd=5e-4, nesterov=True)
+    result = run_here("meta_weights.py", **options, pretrain_epochs=1, output_dir=tmp_path / "run")
     close(rates[::3], [0.001, 0.001, 0.0001], 1e-9)
     lines = lines_of(tmp_path / "run")
     close([line["lr"] for line in lines], [0.001] * 2 + [0.0001] * 2, 1e-9)
@@ -563,7 +564,7 @@ def test_two_parts(tmp_path, monkeypatch):
     (group,) = state_of(tmp_path / "run", "optimizer")["param_groups"]
     assert (group["nesterov"], group["momentum"], group["weight_decay"]) == (True, 0.9, 5e-4)
 
-    plain = dict(SHORT, epochs=1, lr_steps=(), wd=5e-4, method="plain", output_dir=tmp_path / "plain")
+    plain = dict(options, epochs=1, lr_steps=(), method="plain", output_dir=tmp_path / "plain")
     run_here("meta_weights.py", **plain)
     assert lines_of(tmp_path / "plain")[0]["loss"] == lines[0]["loss"]
 

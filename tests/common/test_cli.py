@@ -134,12 +134,12 @@ TROUBLE = [
     ),
     (
         torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore"),
-        "out of memory (Tried to allocate 20.00 GiB); halve --batch-size, then --resume",
+        "out of memory (Tried to allocate 20.00 GiB); halve --batch-size and begin anew",
     ),
     (
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000000 bytes"),
         "out of memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 800000000); "
-        "halve --batch-size, then --resume",
+        "halve --batch-size and begin anew",
     ),
     (
         ValueError("Expected more than 1 value per channel when training, got input size [1, 8, 1, 1]"),

@@ -1,1 +1,0 @@
-"""What no paper could change: data sets, networks, evaluation, options, run plumbing."""
