@@ -74,8 +74,7 @@ def minority(labels, num_classes, rho):
     """bool [K]: the smallest classes of the batch, as many as together hold at most rho of it. labels [B]."""
     sizes = F.one_hot(labels, num_classes).sum(0)
     sizes, classes = sizes.sort(stable=True)  # among equals the smaller index is first
-    is_inside = sizes.cumsum(0) <= rho * len(labels) + 1e-6  # 0.58 * 100 is below 58
-    is_inside &= sizes > 0
+    is_inside = (sizes > 0) & (sizes.cumsum(0) <= rho * len(labels) + 1e-6)  # 0.58 * 100 is below 58
     return is_inside[classes.argsort()]
 
 

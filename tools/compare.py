@@ -40,6 +40,7 @@ TRAINING = (
     "warmup",
     "warmup_from",
     "wd",
+    "nesterov",
 )
 MARKERS = "os^Dv*PX<>ph"
 LINES = ("-", "--", ":", "-.")
