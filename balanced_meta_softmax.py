@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
+from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from common import cli, datasets, evaluation, models, recipes
@@ -260,7 +261,7 @@ def main(args: Args) -> dict:
         loader = datasets.train_loader(train_set, args, order=order)
         losses = partial(image_losses, class_counts=class_counts, loss=loss, tau=args.tau)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=args.wd)
+        optimizer = SGD(trained, args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov)
         model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
         objects = dict(model=model, optimizer=optimizer, rates=rates, psi_optimizer=psi_optimizer)
         for epoch in run.epochs(epochs, **objects):

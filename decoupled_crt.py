@@ -241,7 +241,7 @@ def main(args: Args) -> dict:
         groups = []
         for part, factor in parts.items():
             groups.append(dict(params=part.requires_grad_(True).parameters(), factor=factor))
-        nesterov = epochs.start > 0 and args.schedule == "steps"
+        nesterov = args.schedule == "steps" if epochs.start else args.nesterov
         optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=wd, nesterov=nesterov)
         model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
         for epoch in run.epochs(epochs, model=model, optimizer=optimizer):
