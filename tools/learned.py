@@ -53,7 +53,7 @@ def draw(folders, file):
     for row, folder, (counts, found) in zip(panels, folders, runs, strict=True):
         by_size = np.argsort([-count for count in counts], kind="stable")
         colours = colormaps["viridis"](np.linspace(0, 0.95, len(counts)))
-        for axes, (name, (epochs, values)) in zip(row, sorted(found.items()), strict=False):
+        for axes, (name, (epochs, values)) in zip(row[: len(found)], sorted(found.items()), strict=True):
             axes.axis("on")
             marker = "." if len(epochs) < 30 else None
             for k, colour in zip(by_size, colours, strict=True):

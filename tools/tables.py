@@ -141,7 +141,7 @@ def commands():
 def column(key):
     """The head of a key's column: its data set, with imbalance factor, network and length."""
     dataset, *words = key.split()
-    options = dict(zip(words, words[1:], strict=False))
+    options = dict(zip(words[:-1], words[1:], strict=True))
     head = [SETS[dataset]]
     if "--imbalance" in options:
         head.append(options["--imbalance"])
