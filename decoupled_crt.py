@@ -34,8 +34,8 @@ LARGE = dict(arch="resnet50", imbalance=None, epochs=90, batch_size=512, lr=0.2,
              schedule="to-zero", stage2_lr=0.2, las=(0.3, 0.0, 0.05))
 INAT = dict(LARGE, wd=1e-4, stage2_wd=1e-4, stage2_epochs=30, splits=(100, 21))
 MNIST = dict(recipes.MNIST, stage2_epochs=4, stage2_lr=0.01, stage2_wd=0.0)
-STUDY = dict(classifier="tune", arch="lenet", epochs=8, momentum=0.0, cosine=True, schedule="half",
-             stage2_epochs=16, stage2_wd=0.0, splits=(1500, 200))
+STUDY = dict(classifier="tune", arch="lenet", epochs=8, momentum=0.0, cosine=True, schedule="study",
+             stage2_epochs=4, stage2_wd=0.0, splits=(1500, 200))
 RECIPES = {
     **recipes.OWN,
     "synthetic": dict(recipes.SYNTHETIC, bn_train=False),
@@ -54,7 +54,6 @@ RECIPES = {
 # fmt: on
 CLASSIFIERS = ("joint", "crt", "tune", "lws", "las", "tau", "ncm")
 SAMPLINGS = ("instance", "square-root", "class", "progressive")
-SCHEDULES = ("cosine", "half", "to-zero", "steps")
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Args(cli.Args):
     last_block_lr: float | None = cli.option(None, "rate of the last block; what is below is frozen", above=0)
     stage2_epochs: int = cli.option(10, "epochs of stage 2", least=1)
     stage2_lr: float = cli.option(0.1, "its learning rate", above=0)
-    schedule: str = cli.option("cosine", "how that falls: cosine, half, to-zero, steps", choices=SCHEDULES)
+    schedule: str = cli.option("cosine", "how it falls", choices=("cosine", "to-zero", "steps", "study"))
     stage2_wd: float = cli.option(5e-4, "its weight decay", least=0)
     bn_train: bool = cli.option(True, "BatchNorm statistics move in stage 2")
     tau: float | None = cli.option(None, "tau (default: the best of 0, 0.1 .. 2 on held-out images)", least=0)
@@ -77,8 +76,6 @@ class Args(cli.Args):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.las) != 3:
-            raise cli.Refused(f"--las {self.las}: give three numbers, such as 0.4 0.1 0.2")
         if self.schedule == "to-zero" and 1 in (self.epochs, self.stage2_epochs):
             raise cli.Refused("--schedule to-zero: the one epoch of a stage would have rate 0; use cosine")
 
@@ -92,14 +89,14 @@ def class_probabilities(class_counts, sampling, progress=0.0):
     return powers / powers.sum()
 
 
-def sampling_order(train_set, sampling, args):
+def sampling_order(train_set, sampling, size, args):
     """The order of an epoch's images, in which class j is drawn with probability p_j."""
     if sampling == "class" and args.in_a_row:
-        return datasets.class_aware(train_set)
+        return datasets.class_aware(train_set, size=size)
 
     def order(generator, epoch):
         p = class_probabilities(train_set.class_counts, sampling, epoch / max(args.epochs - 1, 1))
-        return datasets.draw((p / train_set.class_counts)[train_set.labels], len(train_set), generator)
+        return datasets.draw((p / train_set.class_counts)[train_set.labels], size, generator)
 
     return order
 
@@ -188,7 +185,7 @@ def learning_rate(epoch, args):
     if args.schedule == "steps":  # of the Bag of Tricks, with 30 epochs
         warm = min(6 * (number + 1) / args.stage2_epochs, 1.0)
         return args.stage2_lr * warm * 0.1 ** min(3 * (number + 1) // args.stage2_epochs, 2)
-    length = 2 * args.stage2_epochs if args.schedule == "half" else args.stage2_epochs
+    length = 2 * args.stage2_epochs if args.schedule == "study" else args.stage2_epochs
     return args.stage2_lr * 0.5 * (1 + math.cos(math.pi * (number + ahead) / length))
 
 
@@ -235,8 +232,11 @@ def main(args: Args) -> dict:
 
     def train(epochs, sampling, wd, parts):
         """Train parts of the network, {module: factor on the learning rate}; the rest is frozen."""
-        order = None if sampling == "instance" else sampling_order(train_set, sampling, args)
-        loader = datasets.train_loader(train_set, args, order=order)
+        size = len(train_set)
+        if args.schedule == "study" and sampling == "class":  # all classes as large as the largest
+            size = train_set.num_classes * train_set.class_counts.max().item()
+        order = None if sampling == "instance" else sampling_order(train_set, sampling, size, args)
+        loader = datasets.train_loader(train_set, args, order=order, size=size)
         network.requires_grad_(False)
         groups = []
         for part, factor in parts.items():

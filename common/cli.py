@@ -93,8 +93,11 @@ class Args:
             value = getattr(self, field.name)
             for item in value if isinstance(value, tuple) else (value,):
                 check(flag(field.name), item, **field.metadata)
-        if len(self.splits) != 2 or self.splits[1] > self.splits[0] + 1:
-            raise Refused(f"--splits {self.splits}: give two numbers, such as 100 20")
+            if isinstance(value, tuple) and field.default and len(value) != len(field.default):
+                words = " ".join(map(str, field.default))
+                raise Refused(f"{flag(field.name)}: give {len(field.default)} numbers, such as {words}")
+        if self.splits[1] > self.splits[0] + 1:
+            raise Refused(f"--splits {self.splits}: a class would be many- and few-shot; try 100 20")
 
 
 def check(name, value, help, is_epoch, choices, least, above, most):

@@ -126,12 +126,12 @@ def class_aware(dataset, in_a_row=4, size=None):
     return order
 
 
-def train_loader(dataset, args, weights=None, order=None, stream=0):
+def train_loader(dataset, args, weights=None, order=None, size=None, stream=0):
     """Batches of an epoch of N images: each once, or drawn by `weights` [N], or in the `order` of a function.
 
-    An incomplete last batch is dropped.
+    size: of that order, where it is not N. An incomplete last batch is dropped.
     """
-    size = len(dataset)
+    size = size or len(dataset)
     if size < args.batch_size:
         raise Refused(f"--batch-size {args.batch_size}: there are {size} training images; use a smaller one")
 
