@@ -160,9 +160,7 @@ def make_loader(pool, train_set, args):
         weights = (p / pool.class_counts)[pool.labels]
         return datasets.draw(weights, len(train_set), generator)
 
-    loader = datasets.train_loader(pool, args, order=order)
-    loader.sampler.size = len(train_set)
-    return loader
+    return datasets.train_loader(pool, args, order=order, size=len(train_set))
 
 
 def quotas(class_counts, cap=None):

@@ -15,8 +15,7 @@ Run:      accelerate launch meta_weights.py --dataset cifar10_lt
 """
 
 import copy
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
@@ -92,7 +91,7 @@ def per_class(dataset, number):
 def load(args):
     """[training, test, development images], the last only where they are used."""
     if args.dev == "apart" and not args.dev_list:  # with the seeds of the released code
-        everything, test_set = datasets.load(dataclasses.replace(args, imbalance=None))
+        everything, test_set = datasets.load(replace(args, imbalance=None))
         rest, dev_set = datasets.hold_out(everything, args.dev_per_class, seed=6)
         labels = rest.labels.numpy()
         kept = datasets.cut(labels, rest.num_classes, args.imbalance or 1, generator=Random(42))
@@ -112,7 +111,8 @@ def make_dev_loader(dev_set, steps, processes, args):
     def order(generator, epoch):
         return torch.cat([torch.randperm(len(dev_set), generator=generator)[:size] for _ in range(steps)])
 
-    return datasets.train_loader(dev_set, dataclasses.replace(args, batch_size=size), order=order, stream=1)
+    args = replace(args, batch_size=size)
+    return datasets.train_loader(dev_set, args, order=order, size=steps * size, stream=1)
 
 
 def effective_weights(class_counts, beta=0.9999):
