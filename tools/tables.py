@@ -1,8 +1,8 @@
 """Fills the tables of README.md and docs/*.md: `python -m tools.tables`. A test finds those out of date.
 
 A table lies between `<!-- table: WHAT -->` and `<!-- end of table -->`. WHAT is `methods`, the README's
-choice of systems, `systems PAPER`, all of a paper's comparison tables, or a file such as
-`results/synthetic_cmo.jsonl`, the runs of which are shown as tools.compare does.
+choice of systems, `systems PAPER`, all of a paper's comparison tables, `figures DATASET`, every paper's figures
+on a data set, or a file such as `results/synthetic.jsonl`, the runs of which are shown as tools.compare does.
 
 A line of results/systems.jsonl is a system: the command that runs it, or null, and its published figures.
 `python COMMAND --dataset KEY` is the run of a figure, KEY its key. Ours is the mean over the recorded results
@@ -175,16 +175,33 @@ def of_systems(systems, results):
     """The tables of one paper, as markdown, unpadded: they are long."""
     rows = []
     for system in systems:
-        rows.append({column(key): cell(system, key, results) for key in system["published"]})
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+        command = f"`{system['command']}`" if system["command"] else "-"
+        figures = {column(key): cell(system, key, results) for key in system["published"]}
+        rows.append(([system["system"], command], figures))
+    return in_columns(["system", "command"], rows)
+
+
+def of_dataset(dataset, results):
+    """The tables of one data set: what each paper says of each system, as markdown."""
+    rows = []
+    for system in read_systems():
+        keys = [key for key in system["published"] if key.split()[0] == dataset]
+        script = f"`{system['command'].split()[0]}`" if system["command"] else "-"
+        figures = {column(key): cell(system, key, results) for key in keys}
+        rows.append(([system["system"], system["paper"], script], figures))
+    return in_columns(["system", "paper", "script"], rows)
+
+
+def in_columns(heads, rows):
+    """Tables of rows (first cells, {column: figures}). A row without a figure is left out."""
+    columns = list(dict.fromkeys(name for _, figures in rows for name in figures))
     columns.sort(key=lambda name: list(SETS.values()).index(name.split(",")[0]))
     tables = []
     for names in split(columns):
-        lines = [["system", "command", *names], ["---"] * (2 + len(names))]
-        for system, row in zip(systems, rows, strict=True):
-            if any(name in row for name in names):
-                command = f"`{system['command']}`" if system["command"] else "-"
-                lines.append([system["system"], command, *[row.get(name, "") for name in names]])
+        lines = [[*heads, *names], ["---"] * (len(heads) + len(names))]
+        for first, figures in rows:
+            if any(name in figures for name in names):
+                lines.append([*first, *[figures.get(name, "") for name in names]])
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(tables)
 
@@ -207,7 +224,7 @@ def of_methods(results):
 
 
 def table(what):
-    """The markdown of `methods`, of `systems PAPER` or of a file of results."""
+    """The markdown of `methods`, `systems PAPER`, `figures DATASET`, or of a file of results."""
     if what == "methods":
         return of_methods(recorded())
     if what.startswith("systems "):
@@ -216,6 +233,8 @@ def table(what):
         if not systems:
             raise Refused(f"table: {what}: no such paper; there are {', '.join(papers())}")
         return of_systems(systems, recorded())
+    if what.startswith("figures "):
+        return of_dataset(what.removeprefix("figures "), recorded())
     results = compare.read([ROOT / what])
     return compare.markdown(compare.table_of(compare.grouped(results)))
 
