@@ -213,9 +213,7 @@ def run(main, args_class, all_recipes, doc):
     except Exception as error:
         line = one_line(error)
         if os.environ.get("WORLD_SIZE", "1") != "1" and (line is None or os.environ["RANK"] != "0"):
-            time.sleep(
-                3
-            )  # where another process is the cause, or the first says it, the launcher ends this one
+            time.sleep(3)  # the launcher ends this one, where another is the cause or the first says it
         if line is None:
             raise
         show(line, sys.stderr)
@@ -231,6 +229,8 @@ def one_line(error):
         return f"out of memory ({text[:75].splitlines()[0]}); halve --batch-size and begin anew"
     if "more than 1 value per channel" in text:  # in the first step
         return "BatchNorm sees one value per channel; raise --batch-size or --image-size"
-    if "DataLoader worker (pid" in text:
+    if "DataLoader worker (pid" in text or "DataLoader timed out" in text:
         return "a loader process died; lower --num-workers, or raise the memory of /dev/shm"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; mend that, then --resume"
     return None

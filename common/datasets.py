@@ -9,7 +9,9 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,8 +153,10 @@ def test_loader(dataset, args):
 
 def options(dataset):
     """Keywords of a DataLoader. Data sets hand out whole batches, so there is nothing to collate."""
-    keywords = dict(num_workers=dataset.workers, collate_fn=whole_batch, worker_init_fn=ignore_interrupts)
-    return dict(keywords, pin_memory=torch.cuda.is_available() and dataset.workers > 0)
+    keywords = dict(num_workers=dataset.workers, collate_fn=whole_batch)
+    if dataset.workers:
+        keywords |= dict(worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available(), timeout=600)
+    return keywords
 
 
 def whole_batch(batch):
@@ -274,6 +278,7 @@ LISTS = {  # training list, test list, classes, statistics
     "inat2017": ("train2017.json", "val2017.json", 5089, INAT_STATISTICS),
     "inat2018": ("train2018.json", "val2018.json", 8142, INAT_STATISTICS),
 }
+SHARED = "/dev/shm"  # through which loader processes hand over batches
 IN_MEMORY_SIZE = 64  # images up to this side are kept in memory
 
 
@@ -285,6 +290,9 @@ def load(args):
         train, test = load_torchvision(args)
     else:
         train, test = load_files(args)
+    ahead = 2 * train.workers * args.batch_size * math.prod(train.shape)  # bytes that loader processes keep
+    if os.path.isdir(SHARED) and ahead > shutil.disk_usage(SHARED).free:
+        raise Refused(f"--num-workers {train.workers}: needs {ahead / 1e6:.0f} MB in {SHARED}; lower it")
     counts = f"{train.num_classes} classes of {train.class_counts.min()} to {train.class_counts.max()}"
     size = f"{train.shape[-1]} pixels a side"
     say(f"{args.dataset}: {len(train)} training images in {counts}, {len(test)} test images, {size}")
@@ -324,11 +332,8 @@ def load_torchvision(args):
         except Exception as error:  # a download fails in many ways
             reason = str(error).splitlines()[0]
             raise Refused(f"--data-dir {root}: no {args.dataset}, and no download ({reason})") from None
-    labels, test_labels, generator = (
-        np.asarray(train.targets),
-        np.asarray(test.targets),
-        np.random.RandomState(0),
-    )
+    generator = np.random.RandomState(0)
+    labels, test_labels = np.asarray(train.targets), np.asarray(test.targets)
     kept = cut(labels, len(train.classes), args.imbalance or 1, largest, generator)
     images, labels = torch.as_tensor(train.data[kept]), labels[kept]
     test_images, statistics, padding = torch.as_tensor(test.data), ((0.0,), (1.0,)), 0

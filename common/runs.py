@@ -73,6 +73,8 @@ class Run:
         processes = self.accelerator.num_processes
         if int(os.environ.get("WORLD_SIZE", 1)) != processes:
             raise Refused("several processes, each of which sees itself alone; set ACCELERATE_USE_CPU=true")
+        if self.accelerator.device.type == "mps":
+            raise Refused("device mps: has no double precision; set ACCELERATE_USE_CPU=true")
         if self.accelerator.gradient_accumulation_steps != 1:
             raise Refused("gradient accumulation: is not for these methods; lower --batch-size instead")
         for name, value in self.options.items():
@@ -113,9 +115,8 @@ class Run:
                 raise Refused(f"{label} {now}: the run in {self.folder} has {then.get(name)}; give that")
         for name, now in self.draws.items():
             if checkpoint["draws"][name] != now:
-                say(
-                    f"note: {now} {name}, not {checkpoint['draws'][name]} as before: other draws or last bits"
-                )
+                before = checkpoint["draws"][name]
+                say(f"note: {now} {name}, not {before} as before: other draws or last bits")
         return checkpoint
 
     def same_everywhere(self, what, value):
@@ -227,9 +228,8 @@ class Run:
         state, device = self.objects["model"].state_dict(), self.accelerator.device
         weights = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         packages = torch, torchvision, accelerate, np
-        memory = (
-            torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        )
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() or 1024 * kilobytes
         result = {
             "script": self.script.name,
             "dataset": self.args.dataset,

@@ -133,6 +133,14 @@ TROUBLE = [
         "a loader process died; lower --num-workers, or raise the memory of /dev/shm",
     ),
     (
+        RuntimeError("DataLoader timed out after 600 seconds"),
+        "a loader process died; lower --num-workers, or raise the memory of /dev/shm",
+    ),
+    (
+        OSError(28, "No space left on device", "new.jpg"),
+        "new.jpg: No space left on device; mend that, then --resume",
+    ),
+    (
         torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore"),
         "out of memory (Tried to allocate 20.00 GiB); halve --batch-size and begin anew",
     ),

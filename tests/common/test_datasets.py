@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -342,6 +343,18 @@ def test_loaders():
     assert all((labels == 9).all() for _, labels in datasets.train_loader(train, args, weights))
     line = refusal(datasets.train_loader, train, Args(batch_size=2000))
     assert line == "--batch-size 2000: there are 1236 training images; use a smaller one"
+
+
+def test_batches_that_shared_memory_cannot_hold(monkeypatch):
+    """Of 64 images of 24 pixels, two for each loader process. A container has 64 MB in all."""
+    args = Args(augment="rotate", num_workers=8, batch_size=64)
+    need = 2 * 8 * 64 * 3 * 24 * 24
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: SimpleNamespace(free=need))
+    datasets.load(args)
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 1))
+    assert refusal(datasets.load, args) == "--num-workers 8: needs 2 MB in /dev/shm; lower it"
+    args.num_workers = 0
+    datasets.load(args)
 
 
 @pytest.mark.parametrize("augment", ["rotate", "strong"])

@@ -266,6 +266,9 @@ def test_launches_that_would_train_something_else(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     line = refusal(begin, tiny(tmp_path / "run"))
     assert line == "gradient accumulation: is not for these methods; lower --batch-size instead"
+    monkeypatch.setattr(Accelerator, "device", torch.device("mps"))
+    line = refusal(begin, tiny(tmp_path / "run"))
+    assert line == "device mps: has no double precision; set ACCELERATE_USE_CPU=true"
     assert not (tmp_path / "run").exists()
 
 
