@@ -354,6 +354,27 @@ def test_kills_at_random_moments(script, tmp_path):
         assert losses(tmp_path / str(trial)) == losses(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_memory_and_files_are_flat(script, tmp_path):
+    """Of 30 epochs from the tenth on, by less than 16 MB; as many open files."""
+    code = (
+        "end = runs.Run.end_epoch\n"
+        "def measuring(self, *values, **facts):\n"
+        "    end(self, *values, **facts)\n"
+        "    pages, files = open('/proc/self/statm').read().split()[1], len(os.listdir('/proc/self/fd'))\n"
+        f"    print(pages, files, file=open('{tmp_path}/used', 'a'))\n"
+        "runs.Run.end_epoch = measuring\n"
+    )
+    done = launch(
+        script, env=sabotage(tmp_path, code), **options(script, tmp_path / "run", epochs=30, eval_every=30)
+    )
+    assert done.returncode == 0, done.stderr
+    used = [[int(number) for number in line.split()] for line in (tmp_path / "used").open()]
+    assert len(used) >= 30 and used[-1][1] == used[9][1]
+    assert (used[-1][0] - used[9][0]) * os.sysconf("SC_PAGE_SIZE") < 16 * 2**20
+
+
 # Processes that disagree, or of which one fails
 
 
