@@ -279,10 +279,10 @@ def main(args: Args) -> dict:
         accelerator.free_memory()  # the next stage prepares the network anew, for its own part to be trained
 
     # Stage 1: the network
-    if args.stage1:
-        models.load_weights(args.stage1, network)
-    else:
+    if not args.stage1:
         train(range(args.epochs), args.sampling, args.loss, learning_rate)
+    elif not run.checkpoint:  # which has the network
+        models.load_weights(args.stage1, network)
     if args.classifier == "joint":
         return run.finish()
 

@@ -257,10 +257,10 @@ def main(args: Args) -> dict:
     if args.last_block_lr:
         _, block = models.split_last_block(network)
         parts = {network.classifier: 1.0, block: args.last_block_lr / args.lr}
-    if args.stage1:
-        models.load_weights(args.stage1, network)
-    else:
+    if not args.stage1:
         train(range(args.epochs), args.sampling, args.wd, parts)
+    elif not run.checkpoint:  # which has the network
+        models.load_weights(args.stage1, network)
 
     # Stage 2: classifier
     old = network.classifier

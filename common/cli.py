@@ -74,7 +74,7 @@ class Args:
     resume: bool = option(False, "go on from the checkpoint in the folder of the run, if there is one")
     overwrite: bool = option(False, "delete the run that the folder holds")
     log_with: str | None = option(None, "tracker that gets the log, too", choices=TRACKERS)
-    seed: int = option(0, "seed of weights, order and augmentation; the subset has its own", least=0)
+    seed: int = option(0, "seed of weights, order, augmentation; not of the subset", least=0, most=2**31)
     arch: str = option("resnet8", "resnet8 to resnet56 for small images, resnet10 to resnet152, lenet")
     pretrained: bool = option(False, "begin with torchvision's ImageNet weights")
     epochs: int = option(10, "number of epochs", least=1)
@@ -96,6 +96,8 @@ class Args:
             if isinstance(value, tuple) and field.default and len(value) != len(field.default):
                 words = " ".join(map(str, field.default))
                 raise Refused(f"{flag(field.name)}: give {len(field.default)} numbers, such as {words}")
+        if self.resume and self.overwrite:
+            raise Refused("--resume and --overwrite: one goes on with the run, one deletes it; give one")
         if self.splits[1] > self.splits[0] + 1:
             raise Refused(f"--splits {self.splits}: a class would be many- and few-shot; try 100 20")
 
@@ -212,7 +214,7 @@ def run(main, args_class, all_recipes, doc):
         sys.exit(130)
     except Exception as error:
         line = one_line(error)
-        if os.environ.get("WORLD_SIZE", "1") != "1" and (line is None or os.environ["RANK"] != "0"):
+        if os.environ.get("WORLD_SIZE", "1") != "1" and (line is None or os.environ.get("RANK") != "0"):
             time.sleep(3)  # the launcher ends this one, where another is the cause or the first says it
         if line is None:
             raise
@@ -232,5 +234,5 @@ def one_line(error):
     if "DataLoader worker (pid" in text or "DataLoader timed out" in text:
         return "a loader process died; lower --num-workers, or raise the memory of /dev/shm"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; mend that, then --resume"
+        return f"{error.filename}: {error.strerror}; mend that, and start again"
     return None

@@ -284,6 +284,11 @@ IN_MEMORY_SIZE = 64  # images up to this side are kept in memory
 
 def load(args):
     """(train, test) of args.dataset. Refused where something is missing or wrong."""
+    takes_lists = args.dataset == "image_list" or args.dataset in LISTS
+    if (args.train_list or args.test_list) and not takes_lists:
+        raise Refused(f"--train-list, --test-list: {args.dataset} has none; use --dataset image_list")
+    if args.image_size and (args.dataset == "synthetic" or args.dataset in TORCHVISION):
+        raise Refused(f"--image-size {args.image_size}: {args.dataset} has its own; leave it out")
     if args.dataset == "synthetic":
         train, test = load_synthetic(args)
     elif args.dataset in TORCHVISION:
@@ -491,7 +496,7 @@ def read_list(file, classes=None):
         path, here = path.strip(), f"{file}, {place} {number}"
         if not path + label:
             continue
-        if not (path and label.isdecimal()):
+        if not (path and label.isdecimal() and len(label) < 10):
             raise Refused(f"{here}: {path} {label}: not `relative/path label`, labels being 0, 1, ..")
         if path.startswith("/") or "\\" in path:
             raise Refused(f"{here}: {path}: write paths relative to --data-dir, with /")

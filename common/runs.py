@@ -63,8 +63,6 @@ class Run:
         self.history = self.checkpoint["history"] if self.checkpoint else []
         self.done = self.checkpoint["epoch"] if self.checkpoint else -1  # the last epoch before this start
         self.same_everywhere("options or checkpoints", (self.options, self.facts, self.history[-1:]))
-        if self.is_main:
-            write(self.folder / "args.json", json.dumps(self.options, indent=1))
         accelerator.init_trackers("log", {name: str(value) for name, value in self.options.items()})
         torch.backends.cudnn.deterministic = True  # or a resumed run would differ on a GPU
 
@@ -77,6 +75,9 @@ class Run:
             raise Refused("device mps: has no double precision; set ACCELERATE_USE_CPU=true")
         if self.accelerator.gradient_accumulation_steps != 1:
             raise Refused("gradient accumulation: is not for these methods; lower --batch-size instead")
+        stage1 = self.options.get("stage1")
+        if stage1 and Path(stage1).resolve() == self.folder.resolve():
+            raise Refused(f"--stage1 {stage1}: is the folder of this run, too; give another --output-dir")
         for name, value in self.options.items():
             if name.endswith("batch_size") and value % processes:
                 raise Refused(f"{flag(name)} {value}: not a multiple of the {processes} processes")
@@ -151,12 +152,17 @@ class Run:
         if self.is_main and self.args.overwrite and not self.history:
             for file in ("checkpoint.pt", "metrics.jsonl", "model.safetensors", "result.json"):
                 (self.folder / file).unlink(missing_ok=True)
+        if self.is_main:
+            write(self.folder / "args.json", json.dumps(self.options, indent=1))
         if self.accelerator.scaler:
             objects["scaler"] = self.accelerator.scaler
         self.objects = {name: self.unwrap(thing) for name, thing in objects.items()}
         if self.checkpoint and self.done in numbers:
-            for name, thing in self.objects.items():
-                thing.load_state_dict(self.checkpoint["state"][name])
+            try:
+                for name, thing in self.objects.items():
+                    thing.load_state_dict(self.checkpoint["state"][name])
+            except (RuntimeError, ValueError, KeyError):  # keys or shapes
+                raise Refused(f"--resume: the run in {self.folder} is of another network") from None
             say(f"resumed {self.folder} after epoch {self.done + 1}")
             self.checkpoint = None  # frees its memory
         self.epoch = self.last_epoch = numbers.stop - 1

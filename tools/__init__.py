@@ -22,14 +22,17 @@ def run(main):
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
-    except Refused as refused:
-        cli.say(" ".join(str(refused).splitlines()))
-        sys.exit(2)
     except KeyboardInterrupt:
         cli.say("stopped")
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        line = cli.one_line(error)
+        if line is None:
+            raise
+        cli.show(line, sys.stderr)
+        sys.exit(2)
 
 
 def read_result(folder):

@@ -169,7 +169,9 @@ def main(words):
         raise Refused("name either images or, with --data-dir or --test-list, test data")
     result = tools.read_result(given.run)
     network = models.load(given.run)
-    if given.image_size:
+    if given.image_size is not None:
+        if given.image_size < 8 or result["args"]["arch"] == "lenet":
+            raise Refused(f"--image-size {given.image_size}: at least 8, and not for lenet; leave it out")
         network.images.shape = (network.images.shape[0], given.image_size, given.image_size)
     args = argparse.Namespace(**result["args"])
     if given.images:

@@ -90,6 +90,10 @@ def test_the_equal_recipe():
         ("--lr-steps 4 -5", "--lr-steps -5: must be at least 0"),
         ("--seed", "--seed: expected one argument"),
         ("--splits 10 12", "--splits (10, 12): a class would be many- and few-shot; try 100 20"),
+        (
+            "--resume --overwrite",
+            "--resume and --overwrite: one goes on with the run, one deletes it; give one",
+        ),
         ("--splits 10", "--splits: give 2 numbers, such as 100 20"),
     ],
 )
@@ -138,7 +142,7 @@ TROUBLE = [
     ),
     (
         OSError(28, "No space left on device", "new.jpg"),
-        "new.jpg: No space left on device; mend that, then --resume",
+        "new.jpg: No space left on device; mend that, and start again",
     ),
     (
         torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore"),

@@ -345,6 +345,17 @@ def test_loaders():
     assert line == "--batch-size 2000: there are 1236 training images; use a smaller one"
 
 
+def test_options_that_a_data_set_has_no_use_for(tmp_path):
+    """Else the training would be of other images than asked."""
+    line = refusal(datasets.load, Args(train_list="mine.txt"))
+    assert line == "--train-list, --test-list: synthetic has none; use --dataset image_list"
+    assert refusal(datasets.load, Args(dataset="image_folder", test_list="mine.txt")).startswith(
+        "--train-list"
+    )
+    line = refusal(datasets.load, Args(image_size=32))
+    assert line == "--image-size 32: synthetic has its own; leave it out"
+
+
 def test_batches_that_shared_memory_cannot_hold(monkeypatch):
     """Of 64 images of 24 pixels, two for each loader process. A container has 64 MB in all."""
     args = Args(augment="rotate", num_workers=8, batch_size=64)
@@ -519,6 +530,10 @@ def test_another_list(tmp_path, jpeg_lists):
         ("a.jpg 0\nb.jpg", "line 2:  b.jpg: not `relative/path label`, labels being 0, 1, .."),
         ("a.jpg 0\nb.jpg 1.0", "line 2: b.jpg 1.0: not `relative/path label`, labels being 0, 1, .."),
         ("a.jpg -1", "line 1: a.jpg -1: not `relative/path label`, labels being 0, 1, .."),
+        (
+            "a.jpg " + 20 * "1",
+            "line 1: a.jpg 11111111111111111111: not `relative/path label`, labels being 0, 1, ..",
+        ),
         ("a.jpg,1", "line 1:  a.jpg,1: not `relative/path label`, labels being 0, 1, .."),
         ("a.jpg 4\n\nb.jpg 5", "line 3: label 5 is too large; labels are 0 to 4"),
         ("/data/a.jpg 0", "line 1: /data/a.jpg: write paths relative to --data-dir, with /"),

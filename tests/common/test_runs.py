@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 import cmo
 from common import models, runs, synthetic
-from tests.conftest import ROOT, TINY, environment, launch, lines_of, parse, refusal, state_of
+from tests.conftest import ROOT, TINY, environment, launch, lines_of, parse, refusal, run_here, state_of
 
 
 def tiny(folder, **options):
@@ -104,7 +104,8 @@ def test_overwrite_deletes_the_run_and_nothing_else(finished):
     (folder / "new_images").mkdir()
     (folder / "notes.txt").write_text("mine")
     (folder / "new_images" / "mine.jpg").write_text("mine")
-    refusal(cmo.main, tiny(folder, overwrite=True, arch="nothing"))  # what is refused deletes nothing
+    refusal(cmo.main, tiny(folder, overwrite=True, arch="nothing"))  # what is refused changes nothing
+    assert json.loads((folder / "args.json").read_text())["arch"] == "resnet8"
     run = begin(tiny(folder, overwrite=True))
     assert run.history == [] and (folder / "checkpoint.pt").exists()
     list(run.epochs(range(0), model=torch.nn.Linear(1, 1)))
@@ -137,6 +138,14 @@ def test_resume_without_a_checkpoint(tmp_path, capsys):
 def test_resume_with_other_options(finished, options, complaint):
     folder, _ = finished
     assert refusal(begin, tiny(folder, resume=True, **options)) == complaint.format(folder)
+
+
+def test_resume_with_another_network(finished, monkeypatch):
+    """Of a script that was edited since."""
+    folder, _ = finished
+    monkeypatch.setattr(cmo, "make_model", lambda dataset, args: models.build("resnet20", dataset, 0))
+    line = refusal(cmo.main, tiny(folder, resume=True))
+    assert line == f"--resume: the run in {folder} is of another network"
 
 
 def test_resume_with_another_precision(finished, monkeypatch):
@@ -255,6 +264,14 @@ def test_weights_that_are_not_finite_are_not_saved(finished):
         line = refusal(run.end_epoch, epoch, {})
     assert line == "the weights are not finite; the checkpoint before is kept, lower --lr"
     assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_the_folder_of_stage_1_is_another(finished):
+    folder, _ = finished
+    given = dict(stage1=str(folder), output_dir=str(folder), overwrite=True)
+    line = refusal(run_here, "decoupled_crt.py", **given)
+    assert line == f"--stage1 {folder}: is the folder of this run, too; give another --output-dir"
+    assert (folder / "model.safetensors").exists()
 
 
 def test_launches_that_would_train_something_else(tmp_path, monkeypatch):
