@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
-from torchvision.transforms import v2
+from torchvision import transforms
 
 import benchmarks
 import cmo
@@ -44,8 +44,9 @@ class PILImages(Dataset):
     def __init__(self, train_set):
         self.images = train_set.images.permute(0, 2, 3, 1).cpu().numpy()
         self.labels = train_set.labels
-        to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*train_set.statistics)]
-        self.transform = v2.Compose([v2.RandomCrop(32, 4), v2.RandomHorizontalFlip(), *to_tensor])
+        crop_and_flip = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()]
+        to_tensor = [transforms.ToTensor(), transforms.Normalize(*train_set.statistics)]
+        self.transform = transforms.Compose([*crop_and_flip, *to_tensor])
 
     def __len__(self):
         return len(self.labels)

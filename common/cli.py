@@ -7,6 +7,7 @@ With other --epochs than the recipe's, its values that count epochs are scaled a
 import argparse
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import sys
@@ -233,6 +234,6 @@ def one_line(error):
         return "BatchNorm sees one value per channel; raise --batch-size or --image-size"
     if "DataLoader worker (pid" in text or "DataLoader timed out" in text:
         return "a loader process died; lower --num-workers, or raise the memory of /dev/shm"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; mend that, and start again"
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        return f"{error.filename or 'disk'}: {error.strerror}; mend that, and start again"
     return None

@@ -282,6 +282,28 @@ def kill_and_resume(script, processes, tmp_path):
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stage_1_of_every_script(script, tmp_path):
+    """cRT on its network, where that has one backbone and one head, goes on without its folder, too."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_here(script, **options(script, first))
+    forget()
+    given = dict(TINY, stage1=first, output_dir=second, stage2_epochs=1)
+    if script in ("bbn.py", "csa.py", "ride.py"):
+        line = refusal(run_here, "decoupled_crt.py", **given)
+        assert line.startswith(f"{first}: its network does not fit (")
+        return
+    result = run_here("decoupled_crt.py", **given)
+    before, after = state_of(first), state_of(second)
+    same = [name for name in before if before[name].equal(after[name])]
+    assert same == [name for name in before if not name.startswith("classifier.")]
+    forget()
+    (first / "model.safetensors").unlink()
+    again = run_here("decoupled_crt.py", **given, resume=True)
+    assert again["weights_sha256"] == result["weights_sha256"]
+
+
 @pytest.mark.parametrize("script", FIRST)
 def test_ctrl_c_takes_one_line(script, tmp_path, jpegs):
     """With its loader processes; the resumed run goes on."""

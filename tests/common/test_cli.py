@@ -141,9 +141,10 @@ TROUBLE = [
         "a loader process died; lower --num-workers, or raise the memory of /dev/shm",
     ),
     (
-        OSError(28, "No space left on device", "new.jpg"),
-        "new.jpg: No space left on device; mend that, and start again",
+        PermissionError(13, "Permission denied", "new.jpg"),
+        "new.jpg: Permission denied; mend that, and start again",
     ),
+    (OSError(28, "No space left on device"), "disk: No space left on device; mend that, and start again"),
     (
         torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore"),
         "out of memory (Tried to allocate 20.00 GiB); halve --batch-size and begin anew",
