@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -356,24 +357,42 @@ def test_compilation(script, tmp_path):
     assert result["loss"] == pytest.approx(plain["loss"], rel=0.02)
 
 
+def begin(script, given):
+    torch.set_num_threads(1)
+    run_here(script, **given)
+
+
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported all of it
+FORKS.set_forkserver_preload(["tests.test_scripts", *[script[:-3] for script in SCRIPTS]])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_kills_at_random_moments(script, tmp_path):
-    """SIGKILL after 20 random times, resumed each time, ends with the unbroken run's weights."""
-    long = options(script, tmp_path / "unbroken")
+    """SIGKILL after 20 random times, resumed each time, ends with the unbroken run's weights and log."""
+
+    def start(folder, **more):
+        process = FORKS.Process(target=begin, args=(script, options(script, tmp_path / folder, **more)))
+        process.start()
+        return process
+
+    def result(folder):
+        content = json.loads((tmp_path / folder / "result.json").read_text())
+        return content["weights_sha256"], losses(tmp_path / folder)
+
+    start("warm").join()  # which makes the process that is forked
     begun = time.time()
-    unbroken = result_of(launch(script, **long))
-    duration, generator = time.time() - begun, random.Random(0)
-    for trial in range(20):
-        broken = {**long, "output_dir": tmp_path / str(trial), "resume": True}
-        process = subprocess.Popen(
-            command(script, **broken), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
-        )
-        time.sleep(duration * generator.uniform(0.3, 1.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert result_of(launch(script, **broken))["weights_sha256"] == unbroken["weights_sha256"]
-        assert losses(tmp_path / str(trial)) == losses(tmp_path / "unbroken")
+    start("unbroken").join()
+    duration, generator, killed = time.time() - begun, random.Random(0), 0
+    for trial in map(str, range(20)):
+        process = start(trial)
+        process.join(duration * generator.uniform(0.0, 1.0))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+        start(trial, resume=True).join()
+        assert result(trial) == result("unbroken")
+    assert killed >= 10
 
 
 @pytest.mark.slow
