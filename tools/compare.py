@@ -87,6 +87,8 @@ def by_prediction(result):
     several = []
     for name, accuracies in result.get("predictions", {}).items():
         other = {**result, **accuracies, "args": {**result["args"], "prediction": name}}
+        if "row" in result:
+            other["row"] = f"{result['row']}, prediction {name}"
         if name != result["args"]["prediction"]:
             other["per_class"] = None
             other.pop("history", None)

@@ -1,8 +1,8 @@
 """Fills the tables of README.md and docs/*.md: `python -m tools.tables`. A test finds those out of date.
 
 A table lies between `<!-- table: WHAT -->` and `<!-- end of table -->`. WHAT is `methods`, the README's
-choice of systems, `systems PAPER`, all of a paper's comparison tables, `figures DATASET`, every paper's figures
-on a data set, or a file such as `results/synthetic.jsonl`, the runs of which are shown as tools.compare does.
+choice of systems, `systems PAPER`, all of a paper's comparison tables, `figures DATASET`, all papers' figures
+on a data set, or a file such as `results/synthetic.jsonl`, whose runs are shown as tools.compare does.
 
 A line of results/systems.jsonl is a system: the command that runs it, or null, and its published figures.
 `python COMMAND --dataset KEY` is the run of a figure, KEY its key. Ours is the mean over the recorded results
@@ -25,7 +25,6 @@ from tools import compare
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table: ([^\n]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-DIVERGED = "study_diverged.jsonl"  # counts in no mean
 SETS = {
     "cifar10_lt": "CIFAR-10",
     "cifar100_lt": "CIFAR-100",
@@ -71,12 +70,11 @@ def papers():
 
 
 def recorded():
-    """The recorded results, but for the diverged runs."""
+    """The recorded results."""
     results = []
     for file in sorted((ROOT / "results").glob("*.jsonl")):
-        if file.name != DIVERGED:
-            lines = [json.loads(line) for line in file.open()]
-            results += [line for line in lines if "script" in line]
+        lines = [json.loads(line) for line in file.open()]
+        results += [line for line in lines if "script" in line]
     return results
 
 

@@ -184,6 +184,16 @@ def test_a_run_that_predicts_in_several_ways_has_a_row_for_each(tmp_path):
     ]
 
 
+def test_named_rows_tell_their_predictions(tmp_path):
+    (tmp_path / "runs.jsonl").write_text(json.dumps({**predicting(0), "row": "CSA"}))
+    table = rows(compare.read([tmp_path / "runs.jsonl"]))
+    assert [row[:2] for row in table] == [
+        ["row", "all"],
+        ["CSA, prediction u", "10.0"],
+        ["CSA, prediction b", "20.0"],
+    ]
+
+
 def test_epochs_are_of_the_prediction_that_counts(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(predicting(0)))
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 0, "all": 5.0}))
