@@ -308,7 +308,7 @@ def test_stage_1_of_every_script(script, tmp_path):
 @pytest.mark.parametrize("script", FIRST)
 def test_ctrl_c_takes_one_line(script, tmp_path, jpegs):
     """With its loader processes; the resumed run goes on."""
-    given = {**options(script, tmp_path / "run"), **jpegs, "num_workers": 2, "epochs": 30}
+    given = {**options(script, tmp_path / "run"), **jpegs, "num_workers": 2, "epochs": 1000}
     how = dict(cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command(script, **given), start_new_session=True, **how)
     while not (tmp_path / "run" / "checkpoint.pt").exists():
@@ -317,7 +317,7 @@ def test_ctrl_c_takes_one_line(script, tmp_path, jpegs):
     while True:
         os.killpg(process.pid, signal.SIGINT)
         try:
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=10)
             break
         except subprocess.TimeoutExpired:
             pass  # Python loses a signal that falls into the end of a loader
