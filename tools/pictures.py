@@ -367,11 +367,13 @@ def draw_confusion(given):
     points = min(10, 60 * panel / size)
     figure = new_figure(columns * panel + 2, rows * (panel + 1))
     panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    for axes, title, folder, result in zip(panels, titles_of(given.runs), given.runs, results, strict=False):
-        shares = confusion_of(folder, result, test_set, args)[by_size][:, by_size].numpy()
+    titles = titles_of(given.runs)
+    for n, folder in enumerate(given.runs):
+        axes = panels[n]
+        shares = confusion_of(folder, results[n], test_set, args)[by_size][:, by_size].numpy()
         roots = np.sqrt(shares)  # so that rare confusions are seen
         picture = axes.imshow(roots, cmap="Greys", vmin=0, vmax=10, aspect="auto")
-        axes.set_title(title)
+        axes.set_title(titles[n])
         axes.set_xticks(range(size), names, rotation=90, fontsize=points)
         axes.set_yticks(range(size), names, fontsize=points)
         for i, j in np.argwhere(shares.round()) if size <= MOST_NAMED else []:
