@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import textwrap
 import time
@@ -74,25 +75,51 @@ def sabotage(folder, code):
     return dict(PYTHONPATH=f"{folder}{os.pathsep}{ROOT}")
 
 
-def after_step(folder, moment, code, rank=0):
-    """Environment in which the process `rank` of a run does `code` in step S of epoch E, "E:S", from 0.
+def in_step(moment, code, rank=0):
+    """What makes the process `rank` of a run do `code` in step S of epoch E, "E:S", from 0.
 
     There `values` are what the step logs.
     """
     epoch, step = moment.split(":")
-    return sabotage(
-        folder,
+    return (
         "log = runs.Run.log\n"
         "def failing(self, **values):\n"
         f"    now = self.epoch == {epoch} and len(self.logged.get('loss', [])) == {step}\n"
         f"    if now and os.environ.get('RANK', '0') == '{rank}':\n"
         f"        {code}\n"
         "    log(self, **values)\n"
-        "runs.Run.log = failing\n",
+        "runs.Run.log = failing\n"
     )
 
 
 KILL = "os.kill(os.getpid(), 9)"
+
+
+def begin(script, given, code, variables):
+    """What a forked process does."""
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    exec(code, dict(os=os, runs=runs, torch=torch))
+    run_here(script, **given)
+
+
+def fork(script, given, code="", processes=1):
+    """The started processes of a run, each of which begins with `code`; unlike `launch` without imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in map(str, range(processes)):
+        variables = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(processes), OMP_NUM_THREADS="1")
+        variables |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        alone = processes == 1
+        started.append(FORKS.Process(target=begin, args=(script, given, code, {} if alone else variables)))
+        started[-1].start()
+    return started
+
+
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported all of it
+FORKS.set_forkserver_preload(["tests.test_scripts", *[script[:-3] for script in SCRIPTS]])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -194,20 +221,22 @@ def test_two_processes_are_one_in_single_precision(script, tmp_path):
 def compare_processes(script, tmp_path, tolerance, code, **more):
     """Same batches, same loss and weights to rounding, same evaluation; equal weights in both processes."""
     exact = EXACT | ALIKE.get(script, {}) | more
-    env = sabotage(
-        tmp_path,
+    telling = (
         f"{code}finish = runs.Run.finish\n"
         "def telling(self, **facts):\n"
         "    weights = dict(self.objects['model'].named_parameters())\n"
         "    weights = {name: p.detach() for name, p in weights.items()}\n"
         f"    open('{tmp_path}/' + os.environ['RANK'], 'w').write(runs.sha256(weights))\n"
         "    return finish(self, **facts)\n"
-        "runs.Run.finish = telling\n" + NORMLESS,
+        "runs.Run.finish = telling\n"
+        "torch.nn.BatchNorm2d = torch.nn.Identity\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn, "BatchNorm2d", torch.nn.Identity)
         one = run_here(script, **options(script, tmp_path / "one", **exact))
-    two = result_of(launch(script, processes=2, env=env, **options(script, tmp_path / "two", **exact)))
+    for process in fork(script, options(script, tmp_path / "two", **exact), telling, processes=2):
+        process.join()
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=tolerance)
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
@@ -216,9 +245,6 @@ def compare_processes(script, tmp_path, tolerance, code, **more):
     ties = 0.0 if code else 0.3  # one may fall otherwise after rounding
     for name in ("all", "many", "medium", "few", "top5"):
         assert two[name] == pytest.approx(one[name], abs=ties)
-
-
-NORMLESS = "torch.nn.BatchNorm2d = torch.nn.Identity\n"
 
 
 @pytest.mark.parametrize("script", FIRST)
@@ -273,8 +299,13 @@ def kill_and_resume(script, processes, tmp_path):
 
     unbroken = run(**options(script, tmp_path / "unbroken"))
     broken = options(script, tmp_path / "broken")
-    killed = launch(script, processes, env=after_step(tmp_path, "1:5", KILL), **broken)
-    assert killed.returncode != 0 and killed.stdout == ""
+    if processes == 1:
+        (killed,) = fork(script, broken, in_step("1:5", KILL))
+        killed.join()
+        assert killed.exitcode == -9
+    else:
+        killed = launch(script, processes, env=sabotage(tmp_path, in_step("1:5", KILL)), **broken)
+        assert killed.returncode != 0 and killed.stdout == ""
     assert len(lines_of(tmp_path / "broken")) == 1
     resumed = run(**broken, resume=True)
     assert resumed["num_processes"] == processes
@@ -308,7 +339,7 @@ def test_stage_1_of_every_script(script, tmp_path):
 def test_ctrl_c_takes_one_line(script, tmp_path, jpegs):
     """In the second epoch, of the whole group of processes, its loader processes as well."""
     given = {**options(script, tmp_path / "run"), **jpegs, "num_workers": 2}
-    env = environment(**after_step(tmp_path, "1:1", "os.killpg(0, 2)"))
+    env = environment(**sabotage(tmp_path, in_step("1:1", "os.killpg(0, 2)")))
     how = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command(script, **given), start_new_session=True, **how)
     out, err = process.communicate(timeout=300)
@@ -349,24 +380,13 @@ def test_compilation(script, tmp_path):
     assert result["loss"] == pytest.approx(plain["loss"], rel=0.02)
 
 
-def begin(script, given):
-    torch.set_num_threads(1)
-    run_here(script, **given)
-
-
-FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported all of it
-FORKS.set_forkserver_preload(["tests.test_scripts", *[script[:-3] for script in SCRIPTS]])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_kills_at_random_moments(script, tmp_path):
     """SIGKILL after 20 random times, resumed each time, ends with the unbroken run's weights and log."""
 
     def start(folder, **more):
-        process = FORKS.Process(target=begin, args=(script, options(script, tmp_path / folder, **more)))
-        process.start()
-        return process
+        return fork(script, options(script, tmp_path / folder, **more))[0]
 
     def result(folder):
         content = json.loads((tmp_path / folder / "result.json").read_text())
@@ -451,7 +471,7 @@ def test_one_process_fails(name, rank, tmp_path):
     """All end within a minute, the cause is told, and the checkpoint is whole."""
     code, told = FAULTS[name]
     begun = time.time()
-    env = after_step(tmp_path, "1:3", code, rank)
+    env = sabotage(tmp_path, in_step("1:3", code, rank))
     done = launch("cmo.py", 2, env, **options("cmo.py", tmp_path / "run"))
     assert done.returncode != 0 and done.stdout == "" and told in done.stderr
     assert time.time() - begun < 60
