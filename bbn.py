@@ -48,7 +48,7 @@ ADAPTORS = ("parabolic", "linear", "cosine", "increment", "equal")
 class Args(cli.Args):
     adaptor: str = cli.option("parabolic", "how alpha changes with the epochs (Table 5)", choices=ADAPTORS)
     alpha_epochs: int | None = cli.option(None, "T of alpha, if not --epochs", least=1, is_epoch=True)
-    q: float = cli.option(-1.0, "second batch: class k with ~ n_k^q; -1 reversed, 0 balanced, 1 natural")
+    q: float = cli.option(-1.0, "second batch draws class k with ~ n_k^q; -1 reversed, 0 balanced, 1 natural")
     beta: float = cli.option(0.0, "alpha ~ Beta(beta, beta), whatever the adaptor; 0: not", least=0)
     manifold: bool = cli.option(False, "one network instead of BBN: manifold mixup of the two batches")
 
@@ -82,7 +82,7 @@ class BBN(nn.Module):
 
     def forward(self, x_c, x_r=None, alpha=0.5):
         maps = self.trunk(x_c)
-        f_c = self.cb_block(maps)  # a block ends with the pooling
+        f_c = self.cb_block(maps)  # the last block and the pooling
         f_r = self.rb_block(maps if x_r is None else self.trunk(x_r))
         return self.classifier(torch.cat([2 * alpha * f_c, 2 * (1 - alpha) * f_r], dim=1))
 
@@ -103,7 +103,7 @@ def make_model(dataset, args):
     network = models.build(args.arch, dataset, args.seed, pretrained=args.pretrained)
     if args.manifold:
         return ManifoldMixup(network)
-    another = models.build(args.arch, dataset, args.seed + 1, pretrained=args.pretrained)  # they start apart
+    another = models.build(args.arch, dataset, args.seed + 1, pretrained=args.pretrained)  # other weights
     torch.manual_seed(args.seed)  # for BBN's classifier
     return BBN(network, another)
 

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from common import cli, datasets, evaluation, models, recipes
 from common.runs import Run
 
-# Settings of the paper, one row per data set, and ours where it has none. long: its 400 epochs.
+# Settings of the paper, one row per data set, and ours where it has none. --recipe long: its 400 epochs.
 # fmt: off
 CIFAR = dict(arch="resnet32", epochs=200, lr_steps=(160, 180), lr_factor=0.01, warmup=5, wd=2e-4,
              drw_epoch=160)
@@ -56,7 +56,7 @@ RECIPES = {
 # fmt: on
 STREAMS = ("foreground", "background", "both", "none")
 SCALE = 30.0  # LDAM's factor on the cosines
-ALONE = {"blur": v2.GaussianBlur(13, (0.1, 2.0)), "jitter": v2.ColorJitter(0.4, 0.4, 0.4, 0.1)}
+REPLACE = {"blur": v2.GaussianBlur(13, (0.1, 2.0)), "jitter": v2.ColorJitter(0.4, 0.4, 0.4, 0.1)}
 
 
 @dataclass
@@ -75,11 +75,11 @@ class Args(cli.Args):
     mix_end: int = cli.option(3, "epochs without them at the end", least=0, is_epoch=True)
     r: float = cli.option(1.0, "exponent of Eq. (2): 0 natural, 1 class-balanced, 2 reversed", least=0)
     effective: bool = cli.option(False, "weights by effective numbers instead of Eq. (2), its ablation E(k)")
-    weighted: str = cli.option("foreground", "drawn by Eq. (2); none: the batch reordered", choices=STREAMS)
+    weighted: str = cli.option("foreground", "drawn by Eq. (2); none: the batch, shuffled", choices=STREAMS)
 
 
 def image_weights(dataset, r=1.0, effective=False):
-    """Eq. (2): n_k^-r for each image of class k, [N]; so class k is drawn with ~ n_k^(1 - r). Or E(k)."""
+    """Eq. (2): n_k^-r for each image of class k, [N]; so class k is drawn with ~ n_k^(1 - r). Or by E(k)."""
     if effective:
         return effective_weights(dataset.class_counts)[dataset.labels]
     return dataset.class_counts.double().pow(-r)[dataset.labels]
@@ -119,8 +119,8 @@ def mix(images, foregrounds, rng, args):
         top, bottom, left, right = random_box(lam, height, width, rng)
         images[:, :, top:bottom, left:right] = foregrounds[:, :, top:bottom, left:right]
         return images, 1 - (bottom - top) * (right - left) / (height * width)  # what is left after clipping
-    if args.mix in ALONE:
-        return torch.stack([ALONE[args.mix](image) for image in foregrounds]), 0.0
+    if args.mix in REPLACE:
+        return torch.stack([REPLACE[args.mix](image) for image in foregrounds]), 0.0
     return lam * images + (1 - lam) * foregrounds, lam
 
 
@@ -135,7 +135,7 @@ def image_losses(logits, labels, class_counts, loss):
 
 
 def weighted_mean(accelerator, losses, weights):
-    """sum(w l) / sum(w) over the batch of all processes, whose gradients are averaged: hence the mean sum."""
+    """sum(w l) / sum(w) over all processes. These average gradients, so the divisor is their mean sum(w)."""
     return (weights * losses).sum() / accelerator.reduce(weights.sum(), reduction="mean")
 
 

@@ -115,7 +115,7 @@ def blend(images, contexts, lam):
 
 def make_model(dataset, args):
     network = models.build(args.arch, dataset, args.seed, pretrained=args.pretrained)
-    another = models.build(args.arch, dataset, args.seed + 1)
+    another = models.build(args.arch, dataset, args.seed + 1)  # of which the classifier alone is used
     if args.bank:
         maps = network.eval().feature_map(torch.zeros(1, *dataset.shape))
         if maps.shape[1] != network.classifier.in_features or maps[0, 0].numel() == 1:  # LeNet, or one pixel
@@ -126,15 +126,14 @@ def make_model(dataset, args):
 def train_one_epoch(run, model, loader, balanced_loader, optimizer, epoch, args):
     """One epoch of Alg. 1. images: uint8 pixels [B, C, H, W], which the network normalises."""
     model.train()
-    two_heads = run.unwrap(model)  # harvest goes round what wraps it for several processes
+    two_heads = run.unwrap(model)  # without what wraps it for several processes
     bank = torch.empty(0, device=run.accelerator.device)  # line 3, in every epoch, as in the released code
     bank_size = args.bank * args.batch_size // run.accelerator.num_processes
     balanced = iter(balanced_loader)
     for images, labels in run.steps(loader):
         others = None
-        lam = (
-            run.rng.uniform()
-        )  # in every step: all processes draw the same, and their banks fill at other times
+        # Drawn in every step: all processes draw the same, and their banks fill at other times.
+        lam = run.rng.uniform()
         if epoch >= args.start:
             others, other_labels = next(balanced)
             if args.bank:
@@ -145,7 +144,7 @@ def train_one_epoch(run, model, loader, balanced_loader, optimizer, epoch, args)
                     chosen = torch.randperm(len(bank), device=bank.device)[: len(images)]
                     others = blend(others, bank[chosen], lam)  # lines 19 to 21
                 else:
-                    others = None  # line 27: too few contexts yet, the batch is dropped
+                    others = None  # line 27: too few contexts, no balanced batch in this step
 
         if args.mixup and epoch < args.epochs - args.mixup_end:
             share = run.rng.beta(args.mixup, args.mixup)

@@ -155,7 +155,7 @@ def disagreement(logits, temperatures):
 
 
 def weighted_mean(accelerator, losses, weights):
-    """sum(w l) / sum(w) over the batch of all processes, whose gradients are averaged: hence the mean sum."""
+    """sum(w l) / sum(w) over all processes. These average gradients, so the divisor is their mean sum(w)."""
     return (weights * losses).sum() / accelerator.reduce(weights.sum(), reduction="mean")
 
 

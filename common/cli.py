@@ -69,7 +69,7 @@ class Args:
         choices=("none", "weak", "jitter", "rotate", "auto", "strong"),
     )
     num_workers: int = option(4, "loader processes per training process, for images from files", least=0)
-    splits: tuple[int, ...] = option((100, 20), "many-shot: more training images than; few-shot: less than")
+    splits: tuple[int, ...] = option((100, 20), "many-shot: more training images than; few-shot: fewer than")
     eval_every: int = option(1, "epochs from one test to the next; the last is always tested", least=1)
     output_dir: str | None = option(None, "folder of the run, if not runs/SCRIPT/DATASET_IMBALANCE_SEED")
     resume: bool = option(False, "go on from the checkpoint in the folder of the run, if there is one")
@@ -142,7 +142,9 @@ def parse(args_class, all_recipes, doc, argv=None):
     changed = scaled(args_class, defaults, max(chosen.epochs or defaults["epochs"], 1))
     defaults |= changed
 
-    parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=as_written)
+    parser.usage = "%(prog)s [options]"
     own = parser.add_argument_group("options of the method")
     shared = parser.add_argument_group("options of every script")
     hints = typing.get_type_hints(args_class)
@@ -157,9 +159,8 @@ def parse(args_class, all_recipes, doc, argv=None):
             keywords = dict(type=kind, nargs="*")
         else:
             keywords = dict(type=kind)
-        names = dict.fromkeys([flag(field.name), "--" + field.name])  # --batch-size, and --batch_size
         group = shared if hasattr(Args, field.name) else own
-        group.add_argument(*names, default=default, help=help.replace("%", "%%"), **keywords)
+        group.add_argument(flag(field.name), default=default, help=help.replace("%", "%%"), **keywords)
 
     given, unknown = parser.parse_known_args(words)
     if unknown:
@@ -194,14 +195,14 @@ def find_recipe(args_class, all_recipes, dataset, name):
 
 
 def scaled(args_class, defaults, epochs):
-    """Those of the defaults that count epochs and are others in a run of `epochs`."""
+    """Those of the defaults that count epochs and are others in a run of `epochs`, rounded down."""
     changed = {}
     for field in dataclasses.fields(args_class):
         value = defaults[field.name]
         if field.metadata["is_epoch"] and value:
             items = value if isinstance(value, tuple) else (value,)
             least = field.metadata["least"] or 0
-            items = tuple(max(round(item * epochs / defaults["epochs"]), least) for item in items)
+            items = tuple(max(item * epochs // defaults["epochs"], least) for item in items)
             changed[field.name] = items if isinstance(value, tuple) else items[0]
     return {name: value for name, value in changed.items() if value != defaults[name]}
 

@@ -357,7 +357,7 @@ def load_files(args):
     """Folders or lists. Small square images, or those of a small --image-size, go to memory."""
     root = Path(args.data_dir)
     if not root.is_dir():
-        raise Refused(f"--data-dir {root}: no such folder; it should hold {args.dataset} (docs/data.md)")
+        raise Refused(f"--data-dir {root}: no such folder; docs/data.md says what {args.dataset} needs there")
     read = read_folders if args.dataset == "image_folder" else read_lists
     try:
         names, statistics, (paths, labels), (test_paths, test_labels) = read(root, args)

@@ -94,7 +94,7 @@ def main(words):
         datasets.load(cli.Args(dataset=args.dataset, data_dir=args.data_dir))  # torchvision checks its files
         return
     if not root.is_dir():
-        raise Refused(f"--data-dir {root}: no such folder; it should hold {args.dataset}")
+        raise Refused(f"--data-dir {root}: no such folder; docs/data.md says what {args.dataset} needs there")
     images, names = listed(args)
     problems, (missing, broken, both, two) = problems_of(images, names, root, args.decode)
     if problems:

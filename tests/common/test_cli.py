@@ -37,7 +37,7 @@ def test_default_recipe_command_line():
 
 
 def test_kinds():
-    args = parse("--lr-steps 4 5 6 --fast --imbalance 20 --batch_size 8 --output-dir a_b --resume --epochs 3")
+    args = parse("--lr-steps 4 5 6 --fast --imbalance 20 --batch-size 8 --output-dir a_b --resume --epochs 3")
     assert args.lr_steps == (4, 5, 6) and args.fast and args.imbalance == 20.0 and args.batch_size == 8
     assert args.output_dir == "a_b" and args.resume and args.epochs == 3
     assert parse("--lr-steps").lr_steps == () and not parse("--no-fast").fast and not parse("").resume
@@ -47,8 +47,9 @@ def test_a_short_run_scales_what_counts_epochs(capsys):
     args = parse("--dataset imagenet_lt --epochs 10")
     assert (args.begin, args.lr, args.epochs) == (1, 0.2, 10)
     assert capsys.readouterr().err == "note: for --epochs 10: --begin 1\n"
-    assert parse("--epochs 5").lr_steps == (1, 2)
-    assert capsys.readouterr().err == "note: for --epochs 5: --lr-steps (1, 2)\n"
+    assert parse("--epochs 5").lr_steps == (1, 1)
+    assert capsys.readouterr().err == "note: for --epochs 5: --lr-steps (1, 1)\n"
+    assert parse("--epochs 4").lr_steps == (0, 1)  # rounded down: what was reached still is
     assert parse("--epochs 5 --lr-steps 4").lr_steps == (4,)  # the command line wins
     capsys.readouterr()
     parse("--epochs 10")
@@ -74,6 +75,7 @@ def test_the_equal_recipe():
             "--recipe lang: for --dataset imagenet_lt there are paper, equal, long",
         ),
         ("--batchsize 8", "--batchsize: no such option; did you mean --batch-size?"),
+        ("--batch_size 8", "--batch_size: no such option; did you mean --batch-size?"),
         ("--zzz", "--zzz: no such option; --help lists them all"),
         ("stray", "stray: no such option; --help lists them all"),
         ("--batch-size 0", "--batch-size 0: must be at least 1"),

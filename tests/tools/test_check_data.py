@@ -109,7 +109,10 @@ def test_links_to_one_image_are_seen_without_reading(jpegs, tmp_path):
     "words, line",
     [
         (["--dataset", "foo"], "--dataset: invalid choice: 'foo' (choose from "),
-        (["--data-dir", "nowhere"], "--data-dir nowhere: no such folder; it should hold image_folder"),
+        (
+            ["--data-dir", "nowhere"],
+            "--data-dir nowhere: no such folder; docs/data.md says what image_folder needs there",
+        ),
         (["--data-dir", "."], "--data-dir .: needs train/CLASS/"),
         (["--dataset", "image_list", "--data-dir", "."], "--train-list: image_list needs one"),
         (["--dataset", "places_lt", "--data-dir", "."], "--train-list Places_LT_train.txt: no such file"),
@@ -135,5 +138,5 @@ def test_problems_end_it_with_2(tmp_path, monkeypatch, capsys):
         tools.run(check_data.main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        f"--data-dir {tmp_path}/none: no such folder; it should hold image_folder\n"
+        f"--data-dir {tmp_path}/none: no such folder; docs/data.md says what image_folder needs there\n"
     )

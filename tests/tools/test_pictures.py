@@ -551,4 +551,6 @@ def test_files(tmp_path, jpegs, capsys):
     for name in ("cam", "features"):
         draw_here(tmp_path / "run", tmp_path / "x.png", capsys, name, "--data-dir", str(tmp_path / "moved"))
     line = refusal(pictures.main, ["cam", str(tmp_path / "run")])
-    assert line.startswith(f"--data-dir {tmp_path}/data: no such folder; it should hold image_folder")
+    assert line.startswith(
+        f"--data-dir {tmp_path}/data: no such folder; docs/data.md says what image_folder needs there"
+    )

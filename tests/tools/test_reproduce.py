@@ -160,7 +160,7 @@ def test_a_table_that_is_wrong(text, start, quick):
 @pytest.mark.slow
 def test_a_table_that_is_stopped(tmp_path):
     """By Ctrl-C, say: one line, and its runs end, too; then it goes on."""
-    (tmp_path / "long.txt").write_text("long: cmo.py --p-mix 0 --epochs 300 --overwrite\n")
+    (tmp_path / "long.txt").write_text("long: cmo.py --p-mix 0 --epochs 300\n")
     words = [
         "--table",
         str(tmp_path / "long.txt"),
