@@ -68,7 +68,7 @@ class Args:
         "half of the images so, half as in contrastive learning",
         choices=("none", "weak", "jitter", "rotate", "auto", "strong"),
     )
-    num_workers: int = option(4, "loader processes per training process, for images from files", least=0)
+    num_workers: int = option(4, "worker processes of each loader, for images from files", least=0)
     splits: tuple[int, ...] = option((100, 20), "many-shot: more training images than; few-shot: fewer than")
     eval_every: int = option(1, "epochs from one test to the next; the last is always tested", least=1)
     output_dir: str | None = option(None, "folder of the run, if not runs/SCRIPT/DATASET_IMBALANCE_SEED")
