@@ -596,8 +596,8 @@ def test_momentum_goes_on_in_the_second_part(tmp_path):
 
 
 def test_short_runs_keep_an_epoch_of_the_method(spied, tmp_path):
-    """160 epochs of 200 are rounded to 2 of 2."""
-    assert parse("meta_weights.py", dataset="cifar10_lt", epochs=2).pretrain_epochs == 2
+    """160 epochs of 200 are 1 of 2; where all are asked for, one is left."""
+    assert parse("meta_weights.py", dataset="cifar10_lt", epochs=2).pretrain_epochs == 1
     options = dict(SHORT, arch="lenet", epochs=1, lr_steps=(), pretrain_epochs=2, eval_every=5)
     run_here("meta_weights.py", **options, loss="ldam", output_dir=tmp_path / "run")
     assert [call[0] for call in spied] == ["meta"]

@@ -1,6 +1,7 @@
 """What holds for every script: help, short runs, equal recipes, kills, processes, precision, compilation."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import multiprocessing
@@ -281,34 +282,41 @@ def test_corrupt_file_in_a_command(script, tmp_path, jpegs):
     assert done.stderr.splitlines()[-1].startswith(f"{tmp_path}/data/{CORRUPT}: not readable as an image")
 
 
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """(result, losses) of a script's run in one process, which several tests compare with."""
+
+    @functools.cache
+    def run(script):
+        folder = tmp_path_factory.mktemp("plain")
+        return run_here(script, **options(script, folder)), losses(folder)
+
+    return run
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_and_resumed_equals_unbroken(script, tmp_path):
-    kill_and_resume(script, 1, tmp_path)
+def test_killed_and_resumed_equals_unbroken(script, tmp_path, plain_run):
+    """SIGKILL amid the second epoch; the resumed run ends with the unbroken one's weights, bit for bit."""
+    unbroken, unbroken_losses = plain_run(script)
+    broken = options(script, tmp_path / "broken")
+    (killed,) = fork(script, broken, in_step("1:5", KILL))
+    killed.join()
+    assert killed.exitcode == -9 and len(lines_of(tmp_path / "broken")) == 1
+    resumed = run_here(script, **broken, resume=True)
+    assert resumed["weights_sha256"] == unbroken["weights_sha256"]
+    assert losses(tmp_path / "broken") == unbroken_losses
 
 
 @pytest.mark.parametrize("script", FIRST)
 def test_killed_and_resumed_with_two_processes(script, tmp_path):
-    kill_and_resume(script, 2, tmp_path)
-
-
-def kill_and_resume(script, processes, tmp_path):
-    """SIGKILL amid the second epoch; the resumed run ends with the unbroken one's weights, bit for bit."""
-
-    def run(**given):
-        return run_here(script, **given) if processes == 1 else result_of(launch(script, processes, **given))
-
-    unbroken = run(**options(script, tmp_path / "unbroken"))
+    """The same, by the launcher."""
+    unbroken = result_of(launch(script, 2, **options(script, tmp_path / "unbroken")))
     broken = options(script, tmp_path / "broken")
-    if processes == 1:
-        (killed,) = fork(script, broken, in_step("1:5", KILL))
-        killed.join()
-        assert killed.exitcode == -9
-    else:
-        killed = launch(script, processes, env=sabotage(tmp_path, in_step("1:5", KILL)), **broken)
-        assert killed.returncode != 0 and killed.stdout == ""
+    killed = launch(script, 2, env=sabotage(tmp_path, in_step("1:5", KILL)), **broken)
+    assert killed.returncode != 0 and killed.stdout == ""
     assert len(lines_of(tmp_path / "broken")) == 1
-    resumed = run(**broken, resume=True)
-    assert resumed["num_processes"] == processes
+    resumed = result_of(launch(script, 2, **broken, resume=True))
+    assert resumed["num_processes"] == 2
     assert resumed["weights_sha256"] == unbroken["weights_sha256"]
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
 
@@ -359,13 +367,12 @@ def test_batch_that_the_processes_cannot_share(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_precision(script, tmp_path, monkeypatch):
+def test_precision(script, tmp_path, monkeypatch, plain_run):
     """As `accelerate launch --mixed_precision bf16` sets it."""
-    small = options(script, tmp_path / "plain", lr=0.02)
-    plain = run_here(script, **small)
+    plain, _ = plain_run(script)
     forget()  # Accelerate's state of the plain run
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    result = run_here(script, **{**small, "output_dir": tmp_path / "run"})
+    result = run_here(script, **options(script, tmp_path / "run"))
     assert (plain["precision"], result["precision"]) == ("no", "bf16")
     assert result["loss"] == pytest.approx(plain["loss"], rel=0.1) and result["loss"] != plain["loss"]
 
