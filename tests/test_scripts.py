@@ -57,8 +57,14 @@ ALIKE = {
 # Double precision throughout.
 DOUBLE = "torch.set_default_dtype(torch.float64)\ntorch.Tensor.float = torch.Tensor.double\n"
 
+
+def slow_but(value, *quick):
+    """A parameter whose test is left to `make test-slow`, unless it is one of the `quick` ones."""
+    return pytest.param(value, marks=[] if value in quick else pytest.mark.slow)
+
+
 # What is the same in every script, and long, is tested with one; with the others by `make test-slow`.
-FIRST = [pytest.param(script, marks=[pytest.mark.slow] * (script != "cmo.py")) for script in SCRIPTS]
+FIRST = [slow_but(script, "cmo.py") for script in SCRIPTS]
 
 
 def options(script, folder, **more):
@@ -309,13 +315,20 @@ def test_killed_and_resumed_equals_unbroken(script, tmp_path, plain_run):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_killed_and_resumed_with_two_processes(script, tmp_path):
-    """The same, by the launcher."""
-    unbroken = result_of(launch(script, 2, **options(script, tmp_path / "unbroken")))
-    broken = options(script, tmp_path / "broken")
-    killed = launch(script, 2, env=sabotage(tmp_path, in_step("1:5", KILL)), **broken)
-    assert killed.returncode != 0 and killed.stdout == ""
+    """The same; the first is killed, and the other ends as well."""
+
+    def run(folder, code="", **more):
+        processes = fork(script, options(script, tmp_path / folder, **more), code, processes=2)
+        for process in processes:
+            process.join()
+        if not code:
+            return json.loads((tmp_path / folder / "result.json").read_text())
+        assert processes[0].exitcode == -9 and processes[1].exitcode not in (0, None)
+
+    unbroken = run("unbroken")
+    run("broken", in_step("1:5", KILL))
     assert len(lines_of(tmp_path / "broken")) == 1
-    resumed = result_of(launch(script, 2, **broken, resume=True))
+    resumed = run("broken", resume=True)
     assert resumed["num_processes"] == 2
     assert resumed["weights_sha256"] == unbroken["weights_sha256"]
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
@@ -366,7 +379,9 @@ def test_batch_that_the_processes_cannot_share(script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [slow_but(script, "cmo.py", "csa.py", "meta_weights.py") for script in SCRIPTS]
+)
 def test_precision(script, tmp_path, monkeypatch, plain_run):
     """As `accelerate launch --mixed_precision bf16` sets it."""
     plain, _ = plain_run(script)
@@ -453,7 +468,7 @@ DISAGREE = {
 }
 
 
-@pytest.mark.parametrize("what", DISAGREE)
+@pytest.mark.parametrize("what", [slow_but(what, "options", "images") for what in DISAGREE])
 def test_processes_that_disagree(what, tmp_path):
     """One line, before the first step."""
     begun = time.time()
@@ -473,8 +488,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("name", [slow_but(name, "nan", "refused", "kill") for name in FAULTS])
+@pytest.mark.parametrize("rank", [slow_but(rank, 1) for rank in (0, 1)])
 def test_one_process_fails(name, rank, tmp_path):
     """All end within a minute, the cause is told, and the checkpoint is whole."""
     code, told = FAULTS[name]
