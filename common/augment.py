@@ -4,7 +4,7 @@ Those of whole batches of small images are fast and run where the images are. Th
 for one image at a time, in loader processes.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,6 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 
 POLICY = AutoAugment(AutoAugmentPolicy.CIFAR10)
-HOLE = 16  # side of Cutout's square in pixels
 
 
 def of_batches(kind, size, padding):
@@ -20,7 +19,7 @@ def of_batches(kind, size, padding):
     if kind == "weak":
         return partial(crop_and_flip, padding=padding), False
     if kind == "auto":
-        return partial(crop_and_auto_augment, padding=padding), False
+        return v2.Compose([partial(crop_and_flip, padding=padding), auto_augment, cutout]), False
     return partial(one_by_one, transform=of_images(kind, size, padding)), True
 
 
@@ -63,11 +62,7 @@ def crop_and_flip(images, padding):
     return torch.where(flipped, images.flip(3), images)
 
 
-def crop_and_auto_augment(images, padding):
-    return cutout(auto_augment(crop_and_flip(images, padding)))
-
-
-def cutout(images, side=HOLE):
+def cutout(images, side=16):
     """A black square of `side` pixels at a random place of each image, clipped at the border. [.., C, H, W].
 
     DeVries and Taylor, arXiv:1708.04552. Rows y - side // 2 to y + side // 2 - 1: an odd side loses one.
@@ -83,31 +78,21 @@ def cutout(images, side=HOLE):
     return images.clone().masked_fill_(hole, 0)  # out of place it would not keep channels_last
 
 
-@cache
-def sub_policies(height, width):
-    """The 25 pairs of operations (name, probability, magnitude, whether its sign is drawn)."""
-    space = POLICY._augmentation_space(10, (height, width))
-
-    def operation(name, probability, level):
-        values, signed = space[name]
-        return name, probability, 0.0 if level is None else values[level].item(), signed
-
-    return [[operation(*entry) for entry in pair] for pair in POLICY.policies]
-
-
 def auto_augment(images):
     """AutoAugment with its CIFAR-10 policy (Cubuk et al., CVPR 2019) on each image. uint8 [B, 3, H, W].
 
     torchvision's class draws once for a whole batch. Here images of the same operation are taken together.
     """
-    policies, number = sub_policies(*images.shape[-2:]), len(images)
-    chosen = torch.randint(len(policies), (number,)).tolist()
+    space, number = POLICY._augmentation_space(10, images.shape[-2:]), len(images)
+    chosen = torch.randint(len(POLICY.policies), (number,)).tolist()
     chances = torch.rand(number, 2).tolist()
     negative = (torch.rand(number, 2) < 0.5).tolist()
     members = {}
     for i in range(number):
-        for step, (name, probability, magnitude, signed) in enumerate(policies[chosen[i]]):
+        for step, (name, probability, level) in enumerate(POLICY.policies[chosen[i]]):
             if chances[i][step] < probability:
+                values, signed = space[name]
+                magnitude = 0.0 if level is None else values[level].item()
                 if signed and negative[i][step]:
                     magnitude = -magnitude
                 members.setdefault((step, name, magnitude), []).append(i)

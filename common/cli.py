@@ -97,10 +97,6 @@ class Args:
             if isinstance(value, tuple) and field.default and len(value) != len(field.default):
                 words = " ".join(map(str, field.default))
                 raise Refused(f"{flag(field.name)}: give {len(field.default)} numbers, such as {words}")
-        if self.resume and self.overwrite:
-            raise Refused("--resume and --overwrite: one goes on with the run, one deletes it; give one")
-        if self.splits[1] > self.splits[0] + 1:
-            raise Refused(f"--splits {self.splits}: a class would be many- and few-shot; try 100 20")
 
 
 def check(name, value, help, is_epoch, choices, least, above, most):
@@ -143,8 +139,8 @@ def parse(args_class, all_recipes, doc, argv=None):
     defaults |= changed
 
     as_written = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=doc, allow_abbrev=False, formatter_class=as_written)
-    parser.usage = "%(prog)s [options]"
+    usage = "%(prog)s [options]"
+    parser = Parser(usage=usage, description=doc, allow_abbrev=False, formatter_class=as_written)
     own = parser.add_argument_group("options of the method")
     shared = parser.add_argument_group("options of every script")
     hints = typing.get_type_hints(args_class)
@@ -155,10 +151,8 @@ def parse(args_class, all_recipes, doc, argv=None):
         kind, *rest = typing.get_args(hints[field.name]) or [hints[field.name]]  # of `float | None` the first
         if kind is bool:
             keywords = dict(action=argparse.BooleanOptionalAction)
-        elif rest == [...]:
-            keywords = dict(type=kind, nargs="*")
         else:
-            keywords = dict(type=kind)
+            keywords = dict(type=kind, nargs="*" if rest == [...] else None)
         group = shared if hasattr(Args, field.name) else own
         group.add_argument(flag(field.name), default=default, help=help.replace("%", "%%"), **keywords)
 

@@ -153,14 +153,10 @@ def test_loader(dataset, args):
 
 def options(dataset):
     """Keywords of a DataLoader. Data sets hand out whole batches, so there is nothing to collate."""
-    keywords = dict(num_workers=dataset.workers, collate_fn=whole_batch)
+    keywords = dict(num_workers=dataset.workers, collate_fn=tuple)
     if dataset.workers:
         keywords |= dict(worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available(), timeout=600)
     return keywords
-
-
-def whole_batch(batch):
-    return batch
 
 
 def ignore_interrupts(worker):
@@ -287,8 +283,6 @@ def load(args):
     takes_lists = args.dataset == "image_list" or args.dataset in LISTS
     if (args.train_list or args.test_list) and not takes_lists:
         raise Refused(f"--train-list, --test-list: {args.dataset} has none; use --dataset image_list")
-    if args.image_size and (args.dataset == "synthetic" or args.dataset in TORCHVISION):
-        raise Refused(f"--image-size {args.image_size}: {args.dataset} has its own; leave it out")
     if args.dataset == "synthetic":
         train, test = load_synthetic(args)
     elif args.dataset in TORCHVISION:
@@ -359,10 +353,7 @@ def load_files(args):
     if not root.is_dir():
         raise Refused(f"--data-dir {root}: no such folder; docs/data.md says what {args.dataset} needs there")
     read = read_folders if args.dataset == "image_folder" else read_lists
-    try:
-        names, statistics, (paths, labels), (test_paths, test_labels) = read(root, args)
-    except OSError as error:
-        raise Refused(f"{error.filename}: cannot be read ({error.strerror}); mend that") from None
+    names, statistics, (paths, labels), (test_paths, test_labels) = read(root, args)
     if len(names) < 2:
         raise Refused(f"--data-dir {root}: {len(names)} classes; at least two are needed")
     both = set(paths) & set(test_paths)

@@ -161,8 +161,6 @@ def build(arch, dataset, seed, cosine=None, pretrained=False, narrow=1.0):
     channels, size, _ = dataset.shape
     if pretrained and arch not in IMAGENET:
         raise Refused(f"--pretrained: there are no ImageNet weights for --arch {arch}; leave it out")
-    if arch == "lenet" and size < 12:
-        raise Refused(f"--arch lenet: images of {size} pixels are too small; raise --image-size to 12")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone
         if arch in IMAGENET:

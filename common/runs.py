@@ -92,16 +92,14 @@ class Run:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused(f"--output-dir {self.folder}: a run is writing there; name another one") from None
-        except OSError as error:
-            raise Refused(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from None
 
     def find_checkpoint(self):
         """The checkpoint to go on from, or None for a new run. Refused where the folder fits neither."""
         file = self.folder / "checkpoint.pt"
         is_used = file.exists() or (self.folder / "result.json").exists()
-        if not is_used or self.args.overwrite:
-            if self.args.resume:
-                say(f"note: a new run begins in {self.folder}")
+        if self.args.resume and not is_used:
+            say(f"note: a new run begins in {self.folder}")
+        if not is_used or (self.args.overwrite and not self.args.resume):
             return None
         if not self.args.resume:
             raise Refused(f"--output-dir {self.folder}: holds a run; --resume, --overwrite, or name another")

@@ -85,7 +85,10 @@ def test_sub_policies_are_torchvisions(size, layout, monkeypatch):
 def test_each_operation_is_torchvisions():
     """Of a batch what it is of each image."""
     images, tried = photos(8), set()
-    for name, _, magnitude, signed in sum(augment.sub_policies(32, 32), []):
+    space = TORCHVISION._augmentation_space(10, (32, 32))
+    for name, _, level in sum(TORCHVISION.policies, ()):
+        values, signed = space[name]
+        magnitude = 0.0 if level is None else values[level].item()
         for value in {magnitude, -magnitude if signed else magnitude}:
             tried.add(name)
             singly = [_apply_op(i, name, value, InterpolationMode.NEAREST, None) for i in images]

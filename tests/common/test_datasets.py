@@ -352,8 +352,6 @@ def test_options_that_a_data_set_has_no_use_for(tmp_path):
     assert refusal(datasets.load, Args(dataset="image_folder", test_list="mine.txt")).startswith(
         "--train-list"
     )
-    line = refusal(datasets.load, Args(image_size=32))
-    assert line == "--image-size 32: synthetic has its own; leave it out"
 
 
 def test_batches_that_shared_memory_cannot_hold(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 import cmo
-from common import models, runs, synthetic
+from common import cli, models, runs, synthetic
 from tests.conftest import ROOT, TINY, environment, launch, lines_of, parse, refusal, run_here, state_of
 
 
@@ -81,6 +81,12 @@ def test_a_folder_in_use_is_refused(finished):
     assert line == f"--output-dir {folder}: holds a run; --resume, --overwrite, or name another"
     (folder / "checkpoint.pt").unlink()  # to save space: the result is not lost
     assert refusal(begin, tiny(folder)) == line
+
+
+def test_resume_is_stronger_than_overwrite(finished):
+    folder, result = finished
+    again = cmo.main(tiny(folder, resume=True, overwrite=True))
+    assert again["seconds"] == result["seconds"]  # of the epochs that were trained then
 
 
 def test_a_second_run_is_kept_out_while_one_is_writing(tmp_path):
@@ -241,10 +247,10 @@ def test_full_disk(finished, monkeypatch):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    line = refusal(begin, tiny(tmp_path / "file"))
-    assert line == f"--output-dir {tmp_path}/file: cannot be written (File exists)"
-    line = refusal(begin, tiny(tmp_path / ("x" * 300)))
-    assert line.endswith("cannot be written (File name too long)")
+    for name, cause in (("file", "File exists"), ("x" * 300, "File name too long")):
+        with pytest.raises(OSError) as raised:
+            begin(tiny(tmp_path / name))
+        assert cli.one_line(raised.value) == f"{tmp_path}/{name}: {cause}; mend that, and start again"
 
 
 def test_loss_that_is_not_finite(tmp_path):
