@@ -86,6 +86,14 @@ def test_recorded_results_are_found():
     assert tables.matching(CE, other) == []
 
 
+def test_stage_1_of_the_same_training():
+    """Cross-entropy of cmo.py is what decoupled_crt.py begins with (test_decoupled_crt.py has the proof)."""
+    command = "decoupled_crt.py --classifier crt --dataset cifar10_lt"
+    for folder, found in (("runs/ce/cifar10_lt_100_0", 1), ("runs/cmo/cifar10_lt_100_0", 0)):
+        result = recorded(0, 10.0, command, stage1=folder) | {"script": "decoupled_crt.py"}
+        assert len(tables.matching(command, [result])) == found
+
+
 def test_results_of_other_versions_of_a_script():
     """What a result lacks has its default; of an option that is no more the meaning is not known."""
     older = recorded(0, 10.0)
