@@ -282,7 +282,7 @@ def main(args: Args) -> dict:
     if not args.stage1:
         train(range(args.epochs), args.sampling, args.loss, learning_rate)
     elif not run.checkpoint:  # which has the network
-        models.load_weights(args.stage1, network)
+        models.load_weights(args.stage1, network, train_set.class_names)
     if args.classifier == "joint":
         return run.finish()
 

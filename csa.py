@@ -57,6 +57,11 @@ class Args(cli.Args):
     mixup_end: int = cli.option(3, "epochs without mixup at the end", least=0, is_epoch=True)
     prediction: str = cli.option("b", "head that predicts, or the mean of their logits", choices=HEADS)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.start >= self.epochs and self.prediction != "u":
+            raise cli.Refused(f"--start {self.start}: head_b learns nothing; use less, or --prediction u")
+
 
 class TwoHeads(nn.Module):
     """A network and two classifiers of its features: the network's own is head_u, the other head_b.

@@ -260,7 +260,7 @@ def main(args: Args) -> dict:
     if not args.stage1:
         train(range(args.epochs), args.sampling, args.wd, parts)
     elif not run.checkpoint:  # which has the network
-        models.load_weights(args.stage1, network)
+        models.load_weights(args.stage1, network, train_set.class_names)
 
     # Stage 2: classifier
     old = network.classifier

@@ -82,7 +82,7 @@ class Args:
     batch_size: int = option(128, "images per step, over all processes", least=1)
     lr: float = option(0.1, "learning rate", above=0)
     lr_steps: tuple[int, ...] = option((), "0-based epochs at which it falls", least=0, is_epoch=True)
-    lr_factor: float = option(0.1, "what it is multiplied by then", above=0)
+    lr_factor: float = option(0.1, "what it is multiplied by then", above=0, most=1)
     cosine: bool = option(False, "it falls along a cosine instead")
     warmup: int = option(0, "epochs of linear warm-up", least=0, is_epoch=True)
     warmup_from: float = option(0.0, "share of the learning rate at which that begins", least=0, most=1)
@@ -97,6 +97,8 @@ class Args:
             if isinstance(value, tuple) and field.default and len(value) != len(field.default):
                 words = " ".join(map(str, field.default))
                 raise Refused(f"{flag(field.name)}: give {len(field.default)} numbers, such as {words}")
+        if self.splits[1] > self.splits[0] + 1:
+            raise Refused(f"--splits {self.splits}: a class would be many- and few-shot; try 100 20")
 
 
 def check(name, value, help, is_epoch, choices, least, above, most):

@@ -369,7 +369,7 @@ def load_files(args):
     if not test_paths:
         raise Refused(f"--data-dir {root}: no test image; put some there")
     for path in [*paths, *test_paths]:
-        if not (root / path).exists():
+        if not (root / path).is_file():
             raise Refused(f"{root / path}: no such image; check --data-dir and the list")
 
     size = args.image_size or native_size(root / paths[0])
@@ -484,7 +484,7 @@ def read_list(file, classes=None):
         raise Refused(f"{file}: cannot be read as {what} ({type(error).__name__}: {error})") from None
     label_at, classes = {}, classes or len(entries)
     for number, (path, label) in enumerate(entries, 1):
-        path, here = path.strip(), f"{file}, {place} {number}"
+        path, here = path.strip().removeprefix("./"), f"{file}, {place} {number}"
         if not path + label:
             continue
         if not (path and label.isdecimal() and len(label) < 10):

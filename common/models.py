@@ -210,16 +210,22 @@ def load(folder):
     except (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError) as error:
         raise Refused(f"{folder}: holds no finished run of a script that is at hand ({error})") from None
     network = script.make_model(images, args)
-    load_weights(folder, network)
+    load_weights(folder, network, images.class_names)
     network.images = images
     return network.eval()
 
 
-def load_weights(folder, network):
-    """Give the network the weights of the finished run in `folder`."""
+def load_weights(folder, network, class_names):
+    """Give the network the weights of the finished run in `folder`, which has to be of the same classes."""
     try:
-        network.load_state_dict(load_file(Path(folder, "model.safetensors")))
-    except RuntimeError as error:  # keys or shapes
-        raise Refused(f"{folder}: its network does not fit ({str(error).splitlines()[1].strip()})") from None
+        names = json.loads(Path(folder, "result.json").read_text())["class_names"]
+        weights = load_file(Path(folder, "model.safetensors"))
     except Exception:  # not there, or damaged
-        raise Refused(f"{folder}: holds no finished run (model.safetensors); name another") from None
+        raise Refused(f"{folder}: holds no finished run; name another") from None
+    if names != class_names:
+        raise Refused(f"{folder}: its run has other classes, or in another order; name one with the same")
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:  # keys or shapes
+        cause = str(error).splitlines()[1].strip()[:60]
+        raise Refused(f"{folder}: its network does not fit ({cause} ..); give its --arch") from None

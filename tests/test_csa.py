@@ -117,6 +117,12 @@ def test_a_map_without_places_is_refused(arch, shape):
     assert model(arch=arch, shape=shape, bank=0).eval()(torch.zeros(1, *shape)).shape == (1, 5)
 
 
+def test_a_head_that_learns_nothing_does_not_predict():
+    parse("csa.py", epochs=5, start=5, prediction="u")
+    with pytest.raises(Refused, match="--start 5: head_b learns nothing; use less, or --prediction u"):
+        parse("csa.py", epochs=5, start=5)
+
+
 # Harvest and blend
 
 

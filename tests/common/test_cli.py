@@ -91,6 +91,8 @@ def test_the_equal_recipe():
         ("--colour grey", "--colour grey: must be one of red, blue, green"),
         ("--lr-steps 4 -5", "--lr-steps -5: must be at least 0"),
         ("--seed", "--seed: expected one argument"),
+        ("--splits 10 12", "--splits (10, 12): a class would be many- and few-shot; try 100 20"),
+        ("--lr-factor 2", "--lr-factor 2.0: must be at most 1"),
         ("--splits 10", "--splits: give 2 numbers, such as 100 20"),
     ],
 )

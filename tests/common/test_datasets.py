@@ -537,6 +537,7 @@ def test_another_list(tmp_path, jpeg_lists):
         ("/data/a.jpg 0", "line 1: /data/a.jpg: write paths relative to --data-dir, with /"),
         ("train\\a.jpg 0", "line 1: train\\a.jpg: write paths relative to --data-dir, with /"),
         ("a.jpg 0\na.jpg 1", "line 2: a.jpg has label 1 here and 0 before"),
+        ("a.jpg 0\n./a.jpg 1", "line 2: a.jpg has label 1 here and 0 before"),
     ],
 )
 def test_wrong_lists(tmp_path, lines, complaint):
@@ -670,6 +671,8 @@ def test_missing_image(folder):
     for size in (32, 72):
         line = refusal(load, folder, **options, image_size=size)
         assert line == f"{path}: no such image; check --data-dir and the list"
+        if size == 32:
+            os.mkfifo(path)  # from which reading would wait for ever
 
 
 @pytest.mark.parametrize("mode, name", [("I;16", "x.png"), ("I;16", "x.tif"), ("F", "x.tif")])

@@ -178,9 +178,13 @@ def test_finished_runs_are_loaded(tmp_path):
     network = models.load(tmp_path / "run")
     assert not network.training and network.images.class_names == result["class_names"]
     assert network(torch.zeros(2, 3, 24, 24, dtype=torch.uint8)).shape == (2, 10)
-    line = refusal(models.load_weights, tmp_path / "run", models.build("resnet20", images(), 0))
-    assert line.startswith(f"{tmp_path}/run: its network does not fit (Missing key(s) in state_dict")
+    for arch, names, cause in (
+        ("resnet20", result["class_names"], "its network does not fit (Missing key(s) in state_dict"),
+        ("resnet8", result["class_names"][::-1], "its run has other classes, or in another order; name one"),
+    ):
+        line = refusal(models.load_weights, tmp_path / "run", models.build(arch, images(), 0), names)
+        assert line.startswith(f"{tmp_path}/run: {cause}") and len(line) < 300
     assert refusal(models.load, tmp_path).startswith(f"{tmp_path}: holds no finished run of a script")
     (tmp_path / "run" / "model.safetensors").write_bytes(b"damaged")
     line = refusal(models.load, tmp_path / "run")
-    assert line == f"{tmp_path}/run: holds no finished run (model.safetensors); name another"
+    assert line == f"{tmp_path}/run: holds no finished run; name another"
