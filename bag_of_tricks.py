@@ -84,6 +84,8 @@ class Args(cli.Args):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.mix == "manifold" and self.loss == "ldam":
+            raise Refused("--mix manifold --loss ldam: its classifier is not linear; use --mix input")
         self.drw_epoch = min(self.drw_epoch, self.epochs - 1)  # a short run has stage 2, too
 
 
@@ -284,7 +286,7 @@ def train_one_epoch(run, model, loader, optimizer, class_counts, epoch, args):
             lam = run.rng.beta(args.mixup, args.mixup)
             order = torch.randperm(len(labels), device=labels.device)
             other_labels = labels[order]
-            if args.mix == "manifold":  # with a linear classifier as if features were mixed
+            if args.mix == "manifold":  # the classifier is linear: as if features were mixed
                 logits = model(images)
                 logits = lam * logits + (1 - lam) * logits[order]
             else:

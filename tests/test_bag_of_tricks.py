@@ -254,6 +254,11 @@ def test_a_step_with_remix(order):
     close(model.calls[0], 0.3 * IMAGES + 0.7 * IMAGES[ORDER], 1e-6)
 
 
+def test_manifold_mixup_needs_a_linear_classifier():
+    line = refusal(Args, mix="manifold", loss="ldam")
+    assert line == "--mix manifold --loss ldam: its classifier is not linear; use --mix input"
+
+
 def test_a_step_with_manifold_mixup(order):
     """The pooled features are blended, not the images."""
     model = Linear(WEIGHT)
