@@ -589,7 +589,7 @@ def test_las_without_a_rate_is_stage_1(tmp_path, stage1):
 
 def test_cross_entropy_of_cmo_is_stage_1(tmp_path):
     """Bit for bit, so that one run serves as stage 1 of all classifiers and as the row of cross-entropy."""
-    options = {**TINY, "epochs": 2, "lr_steps": (1,)}
+    options = dict(TINY, epochs=1, lr_steps=())
     cmo = run_here("cmo.py", **options, p_mix=0.0, output_dir=str(tmp_path / "cmo"))
     joint = run(tmp_path / "joint", **options, classifier="joint")
     assert joint["weights_sha256"] == cmo["weights_sha256"]
