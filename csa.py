@@ -23,7 +23,6 @@ from torch import nn
 from torch.optim import SGD
 
 from common import cli, datasets, evaluation, models, recipes
-from common.cli import Refused
 from common.runs import Run
 
 # Settings of the released code, and ours where it has none. splits: the paper's groups at imbalance 100.
@@ -56,11 +55,6 @@ class Args(cli.Args):
     mixup: float = cli.option(0.0, "mixup of the natural batch, Beta's parameter; 0: none", least=0)
     mixup_end: int = cli.option(3, "epochs without mixup at the end", least=0, is_epoch=True)
     prediction: str = cli.option("b", "head that predicts, or the mean of their logits", choices=HEADS)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.start >= self.epochs and self.prediction != "u":
-            raise cli.Refused(f"--start {self.start}: head_b learns nothing; use less, or --prediction u")
 
 
 class TwoHeads(nn.Module):
@@ -124,7 +118,9 @@ def make_model(dataset, args):
     if args.bank:
         maps = network.eval().feature_map(torch.zeros(1, *dataset.shape))
         if maps.shape[1] != network.classifier.in_features or maps[0, 0].numel() == 1:  # LeNet, or one pixel
-            raise Refused(f"--arch {args.arch}: no places in its feature map; use resnet32, or --bank 0")
+            raise cli.Refused(f"--arch {args.arch}: no places in its feature map; use resnet32, or --bank 0")
+    if args.start >= args.epochs and args.prediction != "u":
+        raise cli.Refused(f"--start {args.start}: head_b learns nothing; use less, or --prediction u")
     return TwoHeads(network, another.classifier, args.prediction)
 
 

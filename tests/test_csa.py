@@ -118,9 +118,9 @@ def test_a_map_without_places_is_refused(arch, shape):
 
 
 def test_a_head_that_learns_nothing_does_not_predict():
-    parse("csa.py", epochs=5, start=5, prediction="u")
+    model(epochs=5, start=5, prediction="u")
     with pytest.raises(Refused, match="--start 5: head_b learns nothing; use less, or --prediction u"):
-        parse("csa.py", epochs=5, start=5)
+        model(epochs=5, start=5)
 
 
 # Harvest and blend

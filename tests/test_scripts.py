@@ -406,7 +406,7 @@ def test_compilation(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_kills_at_random_moments(script, tmp_path):
-    """SIGKILL after 20 random times, resumed each time, ends with the unbroken run's weights and log."""
+    """SIGKILL at 20 random moments, resumed each time, ends with the unbroken run's weights and log."""
 
     def start(folder, **more):
         return fork(script, options(script, tmp_path / folder, **more))[0]
@@ -419,7 +419,7 @@ def test_kills_at_random_moments(script, tmp_path):
     begun = time.time()
     start("unbroken").join()
     duration, generator, killed = time.time() - begun, random.Random(0), 0
-    for trial in map(str, range(20)):
+    for trial in map(str, range(80)):  # some end before they are killed
         process = start(trial)
         process.join(duration * generator.uniform(0.0, 1.0))
         killed += process.is_alive()
@@ -427,7 +427,9 @@ def test_kills_at_random_moments(script, tmp_path):
         process.join()
         start(trial, resume=True).join()
         assert result(trial) == result("unbroken")
-    assert killed >= 10
+        if killed == 20:
+            return
+    pytest.fail(f"{killed} kills")
 
 
 @pytest.mark.slow
