@@ -224,7 +224,7 @@ def with_new_images(run, network, train_set, args):
         return train_set
     parts = np.array_split(np.arange(len(sources)), run.accelerator.num_processes)
     mine = parts[run.accelerator.process_index]
-    in_files = isinstance(train_set, datasets.ImageFiles)
+    in_files = not torch.is_tensor(train_set.images)
     folder = run.folder.absolute() / "new_images"
     made = []
     weight = network.eval().classifier.weight

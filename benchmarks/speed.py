@@ -35,7 +35,9 @@ def random_images(class_counts, size, number, device):
     augmentation, _ = augment.of_batches("weak", size, 4)
     names = [str(k) for k in range(classes)]
     facts = names, (3, size, size), datasets.CIFAR_STATISTICS
-    return datasets.ImagesInMemory(images, labels, *facts, augmentation)
+    data = datasets.LabelledImages(images, labels, *facts)
+    data.augmentation = augmentation
+    return data
 
 
 class PILImages(Dataset):

@@ -48,6 +48,7 @@ def option(default, help, choices=None, least=None, above=None, most=None, is_ep
     return dataclasses.field(default=default, metadata=dict(help=help, is_epoch=is_epoch, **limits))
 
 
+KINDS = ("none", "weak", "jitter", "rotate", "auto", "strong")
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive")
 
 
@@ -62,12 +63,7 @@ class Args:
     train_list: str | None = option(None, "list of `relative/path label` lines, if not the data set's own")
     test_list: str | None = option(None, "the same for the test images")
     image_size: int | None = option(None, "side in pixels; up to 64 images are kept in memory", least=8)
-    augment: str = option(
-        "weak",
-        "weak: crop and flip; jitter, rotate: and colours, 15 degrees; auto: AutoAugment and Cutout; strong: "
-        "half of the images so, half as in contrastive learning",
-        choices=("none", "weak", "jitter", "rotate", "auto", "strong"),
-    )
+    augment: str = option("weak", "of training images: crop and flip, or more (docs/data.md)", choices=KINDS)
     num_workers: int = option(4, "worker processes of each loader, for images from files", least=0)
     splits: tuple[int, ...] = option((100, 20), "many-shot: more training images than; few-shot: fewer than")
     eval_every: int = option(1, "epochs from one test to the next; the last is always tested", least=1)

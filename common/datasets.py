@@ -167,19 +167,30 @@ def ignore_interrupts(worker):
 class LabelledImages(Dataset):
     """labels [N], class_counts [K], class_names [K], shape (C, H, W), statistics: mean and std of pixels.
 
-    images: what `__getitems__` reads a batch from. augmentation: what that goes through, or None.
+    images: uint8 [N, C, H, W] on a device, augmented as batches; or, as bytes, the paths [N] below `root`
+    of files, which `workers` processes decode and augment one by one. augmentation: a function, or None.
     """
 
-    workers = 0
-
-    def __init__(self, images, labels, class_names, shape, statistics, augmentation=None):
+    def __init__(self, images, labels, class_names, shape, statistics, root=None, workers=0):
         self.images, self.labels = images, torch.as_tensor(labels, dtype=torch.int64)
         self.class_names, self.num_classes = class_names, len(class_names)
         self.class_counts = torch.bincount(self.labels, minlength=self.num_classes)
-        self.shape, self.statistics, self.augmentation = shape, statistics, augmentation
+        self.shape, self.statistics, self.augmentation = shape, statistics, None
+        self.root, self.workers = root, workers
 
     def __len__(self):
         return len(self.labels)
+
+    def __getitems__(self, indices):
+        if torch.is_tensor(self.images):
+            images = self.images[indices]
+            if self.augmentation:
+                images = self.augmentation(images)
+        else:
+            transform = self.augmentation or fit(self.shape[-1])
+            files = [self.root / os.fsdecode(self.images[i]) for i in indices]
+            images = torch.stack([transform(read_image(file)) for file in files])
+        return images, self.labels[indices]
 
     def by_class(self):
         """Positions of each class's images, a tuple of K tensors."""
@@ -209,29 +220,6 @@ class LabelledImages(Dataset):
         digest.update(self.labels.numpy())
         digest.update(images)
         return digest.hexdigest()
-
-
-class ImagesInMemory(LabelledImages):
-    """images: uint8 [N, C, H, W] on a device. The augmentation is of whole batches."""
-
-    def __getitems__(self, indices):
-        images = self.images[indices]
-        if self.augmentation:
-            images = self.augmentation(images)
-        return images, self.labels[indices]
-
-
-class ImageFiles(LabelledImages):
-    """images: paths [N] below `root`, as bytes. Decoded and augmented one by one, by `workers` processes."""
-
-    def __init__(self, root, workers, *facts):
-        super().__init__(*facts)
-        self.root, self.workers = root, workers
-
-    def __getitems__(self, indices):
-        transform = self.augmentation or fit(self.shape[-1])
-        images = [transform(read_image(self.root / os.fsdecode(self.images[i]))) for i in indices]
-        return torch.stack(images), self.labels[indices]
 
 
 def fit(size):
@@ -307,14 +295,13 @@ def in_memory(train, test, class_names, statistics, padding, args):
     if padding and args.augment != "none":
         augmentation, in_workers = augment.of_batches(args.augment, train[0].shape[-1], padding)
     device = "cpu" if in_workers else PartialState().device
-    train, test = (
-        ImagesInMemory(images.contiguous(memory_format=torch.channels_last).to(device), labels, class_names,
-                       tuple(images.shape[1:]), statistics)
-        for images, labels in (train, test)
-    )  # fmt: skip
-    train.augmentation = augmentation
-    train.workers = args.num_workers if in_workers else 0
-    return train, test
+    parts = []
+    for images, labels in (train, test):
+        images = images.contiguous(memory_format=torch.channels_last).to(device)
+        parts.append(LabelledImages(images, labels, class_names, tuple(images.shape[1:]), statistics))
+    parts[0].augmentation = augmentation
+    parts[0].workers = args.num_workers if in_workers else 0
+    return parts
 
 
 def load_synthetic(args):
@@ -343,8 +330,7 @@ def load_torchvision(args):
     else:
         images, test_images = images.permute(0, 3, 1, 2), test_images.permute(0, 3, 1, 2)
         statistics, padding = CIFAR_STATISTICS, 4
-    parts = (images, labels), (test_images, test_labels)
-    return in_memory(*parts, train.classes, statistics, padding, args)
+    return in_memory((images, labels), (test_images, test_labels), train.classes, statistics, padding, args)
 
 
 def load_files(args):
@@ -377,9 +363,9 @@ def load_files(args):
         train = read_all(root, paths, size), labels
         test = read_all(root, test_paths, size), test_labels
         return in_memory(train, test, names, statistics, size // 8, args)
-    facts = names, (3, size, size), statistics
-    train = ImageFiles(root, args.num_workers, as_bytes(paths), labels, *facts)
-    test = ImageFiles(root, args.num_workers, as_bytes(test_paths), test_labels, *facts)
+    facts = names, (3, size, size), statistics, root, args.num_workers
+    train = LabelledImages(as_bytes(paths), labels, *facts)
+    test = LabelledImages(as_bytes(test_paths), test_labels, *facts)
     if args.augment != "none":
         train.augmentation = augment.of_images(args.augment, size)
     return train, test
@@ -392,7 +378,7 @@ def load_list(args, name, train):
     missing = np.setdiff1d(np.arange(train.num_classes), labels)
     if len(missing):
         raise Refused(f"{flag(name)} {getattr(args, name)}: names no image of class {missing[0]}")
-    if isinstance(train, ImageFiles):
+    if not torch.is_tensor(train.images):
         return train.of(as_bytes(paths), labels)
     images = read_all(root, paths, train.shape[-1]).contiguous(memory_format=torch.channels_last)
     return train.of(images.to(train.images.device), labels)

@@ -32,17 +32,15 @@ def summarize(labels, top, confidences, class_counts, splits=(100, 20)):
     hits = torch.bincount(labels[correct], minlength=len(class_counts))
     per_class = 100 * hits.double() / tests
 
-    result = {"all": 100 * correct.double().mean().item(), "many": None, "medium": None, "few": None}
+    result = {"all": 100 * correct.double().mean().item()}
     for name, members in split_classes(class_counts, *splits).items():
         tested = per_class[members & (tests > 0)]
-        if len(tested):
-            result[name] = tested.mean().item()
+        result[name] = tested.mean().item() if len(tested) else None
     result["class_mean"] = per_class[tests > 0].mean().item()
     result["top5"] = 100 * (top == labels[:, None]).any(1).double().mean().item()
     result["ece"] = calibration_error(confidences, correct)
-    result["per_class"] = [
-        value if n else None for value, n in zip(per_class.tolist(), tests.tolist(), strict=True)
-    ]
+    values = zip(per_class.tolist(), tests.tolist(), strict=True)
+    result["per_class"] = [value if n else None for value, n in values]
     return result
 
 

@@ -46,18 +46,19 @@ class CosineClassifier(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone, global average pooling and classifier."""
+    """Backbone, global average pooling (of LeNet its neck instead) and classifier."""
 
-    def __init__(self, backbone, classifier):
+    def __init__(self, backbone, classifier, neck=None):
         super().__init__()
-        self.backbone = backbone
-        self.classifier = classifier
+        self.backbone, self.classifier, self.neck = backbone, classifier, neck
 
     def feature_map(self, images):
         return self.backbone(images)
 
     def pool(self, maps):
-        return maps.mean((2, 3))
+        if self.neck is None:
+            return maps.mean((2, 3))
+        return self.neck(maps.flatten(1))
 
     def features(self, images):
         return self.pool(self.feature_map(images))
@@ -98,22 +99,16 @@ def cifar_backbone(depth, channels, narrow):
     return modules, before
 
 
-class LeNet(Network):
-    """LeNet with a 2-dimensional feature, so that features can be drawn. Made for 28x28 images."""
-
-    def __init__(self, backbone, classifier, flat):
-        super().__init__(backbone, classifier)
-        self.neck = nn.Sequential(
-            nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 2)
-        )
-
-    def pool(self, maps):
-        return self.neck(maps.flatten(1))
-
-
 def lenet_backbone(channels):
     first, second = nn.Conv2d(channels, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
     return [first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2)]
+
+
+def lenet_neck(size):
+    """Layers to a 2-dimensional feature, so that features can be drawn. Made for 28x28 images."""
+    flat = 16 * ((size // 2 - 4) // 2) ** 2
+    layers = nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 2)
+    return nn.Sequential(*layers)
 
 
 IMAGENET = {  # block, blocks per stage, groups and width of the bottleneck
@@ -176,10 +171,7 @@ def build(arch, dataset, seed, cosine=None, pretrained=False, narrow=1.0):
         else:
             classifier = nn.Linear(width, dataset.num_classes)
         backbone = nn.Sequential(Normalize(*dataset.statistics), *modules)
-        if arch == "lenet":
-            network = LeNet(backbone, classifier, flat=16 * ((size // 2 - 4) // 2) ** 2)
-        else:
-            network = Network(backbone, classifier)
+        network = Network(backbone, classifier, lenet_neck(size) if arch == "lenet" else None)
         if arch not in IMAGENET:
             for module in network.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -189,7 +181,7 @@ def build(arch, dataset, seed, cosine=None, pretrained=False, narrow=1.0):
 
 def split_last_block(network):
     """(trunk, last block with pooling): features(images) is block(trunk(images)); the modules are shared."""
-    if isinstance(network, LeNet):
+    if network.neck is not None:
         return network.backbone, nn.Sequential(nn.Flatten(), network.neck)
     *before, stage = network.backbone
     trunk = nn.Sequential(*before, nn.Sequential(*stage[:-1]))

@@ -6,19 +6,11 @@ others, so that methods can be compared on equal terms instead of each with its 
 
 import math
 
-SYNTHETIC = dict(
-    arch="resnet8", epochs=40, batch_size=32, lr_steps=(28, 36), lr_factor=0.01, warmup=2, wd=5e-4
-)
+SYNTHETIC = dict(epochs=40, batch_size=32, lr_steps=(28, 36), lr_factor=0.01, warmup=2, wd=5e-4)
 MNIST = dict(arch="lenet", epochs=8, lr=0.01, lr_steps=(6,), lr_factor=0.01)
 FILES = dict(arch="resnet50", imbalance=None, epochs=100, lr_steps=(60, 80), warmup=5, wd=2e-4)
-OWN = {
-    "synthetic": SYNTHETIC,
-    "mnist_lt": MNIST,
-    "fashion_mnist_lt": MNIST,
-    "cmnist_lt": MNIST,
-    "image_folder": FILES,
-    "image_list": FILES,
-}
+OWN = {"synthetic": SYNTHETIC, "mnist_lt": MNIST, "fashion_mnist_lt": MNIST, "cmnist_lt": MNIST}
+OWN |= {"image_folder": FILES, "image_list": FILES}
 
 CIFAR = dict(arch="resnet32", epochs=200, lr_steps=(160, 180), lr_factor=0.01, warmup=5, wd=2e-4)
 LARGE = dict(FILES, batch_size=256, augment="jitter")

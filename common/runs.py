@@ -49,11 +49,8 @@ class Run:
         name = [args.dataset, *([f"{args.imbalance:g}"] if args.imbalance else []), str(args.seed)]
         self.folder = Path(args.output_dir or Path("runs", self.script.stem, "_".join(name)))
         self.facts = {"script": self.script.name, "mixed precision": accelerator.mixed_precision}
-        self.draws = {  # what decides augmentation, and on a CPU the last bits
-            "processes": accelerator.num_processes,
-            "loader processes": args.num_workers,
-            "threads": torch.get_num_threads(),
-        }
+        self.draws = {"processes": accelerator.num_processes, "loader processes": args.num_workers}
+        self.draws["threads"] = torch.get_num_threads()  # they decide the last bits on a CPU
         accelerator.project_configuration.set_directories(str(self.folder))
         accelerator.log_with = filter_trackers(args.log_with, str(self.folder))
         self.refuse_launch()
@@ -112,10 +109,9 @@ class Run:
             if name not in FREE and then.get(name) != now:
                 label = name if name in self.facts else flag(name)
                 raise Refused(f"{label} {now}: the run in {self.folder} has {then.get(name)}; give that")
-        for name, now in self.draws.items():
-            if checkpoint["draws"][name] != now:
-                before = checkpoint["draws"][name]
-                say(f"note: {now} {name}, not {before} as before: other draws or last bits")
+        for name, before in checkpoint["draws"].items():
+            if self.draws[name] != before:
+                say(f"note: {self.draws[name]} {name}, not {before} as before: other draws or last bits")
         return checkpoint
 
     def same_everywhere(self, what, value):
@@ -211,15 +207,8 @@ class Run:
         if not all(value.isfinite().all() for value in state["model"].values()):
             raise Refused("the weights are not finite; the checkpoint before is kept, lower --lr")
         if self.is_main:
-            content = {
-                "facts": self.facts,
-                "options": self.options,
-                "draws": self.draws,
-                "data": self.data,
-                "epoch": epoch,
-                "history": self.history,
-                "state": state,
-            }
+            content = {"facts": self.facts, "options": self.options, "draws": self.draws, "data": self.data}
+            content |= {"epoch": epoch, "history": self.history, "state": state}
             write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
             write(self.folder / "checkpoint.pt", content)
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}

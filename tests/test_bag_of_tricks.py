@@ -326,7 +326,7 @@ def pool_of(counts, side=8):
     labels = np.repeat(np.arange(len(counts)), counts)
     images = torch.arange(len(labels)).view(-1, 1, 1, 1).expand(-1, 3, side, side).to(torch.uint8)
     images = images.contiguous(memory_format=torch.channels_last)
-    return datasets.ImagesInMemory(images, labels, list("abc"), (3, side, side), ((0.5,) * 3, (0.25,) * 3))
+    return datasets.LabelledImages(images, labels, list("abc"), (3, side, side), ((0.5,) * 3, (0.25,) * 3))
 
 
 def drawn(pool, original, sampling, numbers=range(1), **options):

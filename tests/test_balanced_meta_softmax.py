@@ -379,7 +379,7 @@ def image_set(counts, seed):
     labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
     noise = torch.randint(128, (len(labels), 3, 12, 12), generator=torch.Generator().manual_seed(seed))
     images = (64 * labels[:, None, None, None] + noise).to(torch.uint8)
-    return datasets.ImagesInMemory(images, labels, list("abc"), (3, 12, 12), ((0.5,) * 3, (0.25,) * 3))
+    return datasets.LabelledImages(images, labels, list("abc"), (3, 12, 12), ((0.5,) * 3, (0.25,) * 3))
 
 
 @pytest.fixture(scope="module", autouse=True)

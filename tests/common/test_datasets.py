@@ -417,7 +417,7 @@ def batches(dataset, args):
 def test_image_folder_from_files(folder, workers):
     args = folder_args(folder, image_size=72, num_workers=workers)
     train, test = datasets.load(args)
-    assert isinstance(train, datasets.ImageFiles) and train.class_names == ["class 0", "class 1"]
+    assert not torch.is_tensor(train.images) and train.class_names == ["class 0", "class 1"]
     assert train.class_counts.tolist() == [6, 3] and len(train) == 9 and len(test) == 4
     found = batches(train, args)
     assert [(images.shape, images.dtype) for images, _ in found] == [((4, 3, 72, 72), torch.uint8)] * 2
@@ -433,7 +433,7 @@ def test_test_images_from_files_are_the_centre(folder):
 
 def test_small_images_are_kept_in_memory(folder):
     train, _ = load(folder, image_size=32)
-    assert isinstance(train, datasets.ImagesInMemory) and train.shape == (3, 32, 32)
+    assert torch.is_tensor(train.images) and train.shape == (3, 32, 32)
     for i, size in enumerate(((32, 40), (40, 32))):  # one side fits
         Image.new("RGB", size).save(folder / "train" / "class 0" / f"ein Bild für {i}.jpg")
     assert load(folder, image_size=32)[0].shape == (3, 32, 32)
@@ -447,7 +447,7 @@ def test_native_size(folder):
         with Image.open(path) as image:
             image.convert("RGB").resize((24, 24)).save(path)
     train, _ = load(folder)
-    assert train.shape == (3, 24, 24) and isinstance(train, datasets.ImagesInMemory)
+    assert train.shape == (3, 24, 24) and torch.is_tensor(train.images)
 
 
 def test_image_folder_is_cut(folder):
