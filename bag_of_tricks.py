@@ -6,10 +6,11 @@ Method:   1. train with input mixup on the images as they come                  
           2. from --drw-epoch on draw classes evenly, of the images and of new ones, in which the
              foreground, where the class activation map is above its mean, is flipped, moved, or turned
              and scaled                               quotas, activation_maps, foregrounds, moved, paste
-          3. end without mixup and without new images                                                  main
+          3. end without mixup and without new images, drawn by --sampling                              main
           Each trick is an option, --recipe plain has none. What re-balances is deferred to --drw-epoch.
 Differs:  as in the authors' toolbox, weights are n_min / n_k, and stage 3 draws classes evenly; as in the
-          paper, maps are of the image as it is. docs/bag_of_tricks.md: the rest, and a command for every row.
+          paper, maps are of the image as it is, and their mean is the threshold (in the toolbox 0.75 of it).
+          docs/bag_of_tricks.md has the rest, and a command for every row.
 Expected: imbalance 100: cifar10_lt 80.0, cifar100_lt 47.8; imagenet_lt, ResNet-10: 43.1 (paper).
 Run:      accelerate launch bag_of_tricks.py --dataset cifar100_lt
 """
@@ -77,6 +78,7 @@ class Args(cli.Args):
     mixup: float = cli.option(1.0, "mixup, lambda ~ Beta(mixup, mixup); 0: none", least=0)
     mix: str = cli.option("input", "images, pooled features, or Remix", ("input", "manifold", "remix"))
     cam: bool = cli.option(True, "CAM-based sampling: new images from --drw-epoch on")
+    cam_threshold_scale: float = cli.option(1.0, "foreground: CAM at least this times its mean", above=0)
     cap: int | None = cli.option(None, "of new images: only for classes below this, up to it", least=1)
     rotation: int = cli.option(45, "of new images, in degrees; lower it if that alters a class", least=1)
     finetune: bool = cli.option(True, "stage 3, after --epochs: without mixup and new images")
@@ -181,10 +183,10 @@ def activation_maps(maps, rows, size):
     return F.interpolate(cam, size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def foregrounds(cam):
-    """bool [B, H, W]: where the map is at least its mean, to rounding; nowhere where it is 0."""
+def foregrounds(cam, scale=1.0):
+    """bool [B, H, W]: where the map is at least scale * its mean, to rounding; nowhere where it is 0."""
     mean = cam.mean((1, 2), keepdim=True)
-    return (cam >= mean - 1e-6) & (mean > 0)
+    return (cam >= scale * mean - 1e-6) & (mean > 0)
 
 
 def moved(layers, rng, rotation=45):
@@ -232,7 +234,7 @@ def with_new_images(run, network, train_set, args):
     for images, labels in datasets.test_loader(train_set.subset(sources[mine]).plain(), args):
         maps = network.feature_map(images.to(run.accelerator.device))
         cam = activation_maps(maps, rows[labels], images.shape[2:])
-        masks = foregrounds(cam)[:, None].to(images)
+        masks = foregrounds(cam, args.cam_threshold_scale)[:, None].to(images)
         batch = torch.cat([images, masks, torch.ones_like(masks)], dim=1).cpu()
         for layers in batch:
             i = mine[len(made)]

@@ -84,6 +84,8 @@ class Args(cli.Args):
             raise cli.Refused("--classifier joint: trains nothing after --stage1; use new")
         if self.cosine and self.epochs == 1 and not self.stage1:
             raise cli.Refused("--epochs 1: trains nothing, the cosine is 0 in the last epoch; use more")
+        if self.nesterov and self.meta != "none" and self.classifier == "new":
+            raise cli.Refused("--nesterov: the step ahead of --meta goes without it; leave it out")
 
 
 def image_losses(logits, labels, class_counts, loss, tau=1.0):
@@ -189,7 +191,7 @@ def make_model(dataset, args):
     return models.build(args.arch, dataset, args.seed, pretrained=args.pretrained and not args.stage1)
 
 
-def train_one_epoch(run, model, loader, meta_loader, optimizer, rates, psi_optimizer, losses, meta, args):
+def train_one_epoch(run, model, loader, meta_loader, optimizer, rates, adam, losses, meta, args):
     accelerator, network, dataset = run.accelerator, run.unwrap(model), loader.dataset
     images_of, psi = dataset.by_class(), rates["psi"]
     share = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -221,7 +223,7 @@ def train_one_epoch(run, model, loader, meta_loader, optimizer, rates, psi_optim
             )
             (gradient,) = torch.autograd.grad(factors, psi, gradients)
             psi.grad = accelerator.reduce(gradient, reduction="sum")
-            psi_optimizer.step()
+            adam.step()
 
         # The real step, on the same images: the new psi of a sampler is for the batches to come.
         weights = psi.detach().sigmoid()[labels] if meta == "reweighter" else 1.0
@@ -253,7 +255,7 @@ def main(args: Args) -> dict:
     network = make_model(train_set, args).to(accelerator.device)
     class_counts = train_set.class_counts.float().to(accelerator.device)
     rates = nn.ParameterDict({"psi": initial_psi(class_counts, args.init_power)})
-    psi_optimizer = torch.optim.Adam(rates.parameters(), args.psi_lr)
+    adam = torch.optim.Adam(rates.parameters(), args.psi_lr)
 
     def train(epochs, sampling, loss, rate_at, meta="none", bn_train=True):
         """Train what is not frozen. rate_at: learning rate of the stage's 0-based epoch."""
@@ -263,7 +265,7 @@ def main(args: Args) -> dict:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = SGD(trained, args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov)
         model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
-        objects = dict(model=model, optimizer=optimizer, rates=rates, psi_optimizer=psi_optimizer)
+        objects = dict(model=model, optimizer=optimizer, rates=rates, adam=adam)
         for epoch in run.epochs(epochs, **objects):
             loader.set_epoch(epoch)
             meta_loader.set_epoch(epoch)
@@ -271,9 +273,7 @@ def main(args: Args) -> dict:
             model.train()
             if not bn_train:
                 network.eval()
-            train_one_epoch(
-                run, model, loader, meta_loader, optimizer, rates, psi_optimizer, losses, meta, args
-            )
+            train_one_epoch(run, model, loader, meta_loader, optimizer, rates, adam, losses, meta, args)
             facts = learned(rates["psi"], class_counts, meta)
             run.end_epoch(epoch, evaluation.per_split(run, model, test_loader), **facts)
         accelerator.free_memory()  # the next stage prepares the network anew, for its own part to be trained

@@ -183,7 +183,7 @@ def learning_rate(epoch, args):
         return recipes.learning_rate(epoch + ahead if args.cosine else epoch, args)
     number = epoch - args.epochs
     if args.schedule == "steps":  # of the Bag of Tricks, with 30 epochs
-        warm = min(6 * (number + 1) / args.stage2_epochs, 1.0)
+        warm = 1 / 3 + 2 / 3 * min(6 * (number + 1) / args.stage2_epochs, 1.0)
         return args.stage2_lr * warm * 0.1 ** min(3 * (number + 1) // args.stage2_epochs, 2)
     length = 2 * args.stage2_epochs if args.schedule == "study" else args.stage2_epochs
     return args.stage2_lr * 0.5 * (1 + math.cos(math.pi * (number + ahead) / length))
@@ -241,7 +241,7 @@ def main(args: Args) -> dict:
         groups = []
         for part, factor in parts.items():
             groups.append(dict(params=part.requires_grad_(True).parameters(), factor=factor))
-        nesterov = args.schedule == "steps" if epochs.start else args.nesterov
+        nesterov = args.momentum > 0 and (args.schedule == "steps" if epochs.start else args.nesterov)
         optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=wd, nesterov=nesterov)
         model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
         for epoch in run.epochs(epochs, model=model, optimizer=optimizer):

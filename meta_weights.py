@@ -9,7 +9,7 @@ Method:   1. train with the plain loss for --pretrain-epochs                    
           For comparison, --method cb: w alone, throughout; finetune: part 2 has as many images of each class;
           l2rw: weights ~ max(-gradient, 0); mwnet: a network of the loss gives them; plain: no weights.
 Differs:  as in the released code, the step ahead is along the sum of the losses, the real one along their
-          mean; beta is 0.9999. docs/meta_weights.md has the rest, and a command for every row of the tables.
+          mean (--inner-scale); beta is 0.9999. docs/meta_weights.md: the rest, and a command for every row.
 Expected: cifar10_lt, imbalance 100, ResNet-32: plain 70.4, cb 72.4, meta 76.4, with LDAM 80.0 (paper).
 Run:      accelerate launch meta_weights.py --dataset cifar10_lt
 """
@@ -72,6 +72,7 @@ class Args(cli.Args):
     pretrain_epochs: int = cli.option(0, "plain training before meta or finetune", least=0, is_epoch=True)
     freeze_backbone: bool = cli.option(False, "train the classifier alone after these")
     tau: float = cli.option(0.01, "step of eps; 0: class weights alone", least=0)
+    inner_scale: float = cli.option(1.0, "factor on the rate of the step ahead; 1/B: a mean", above=0)
     mwnet_lr: float = cli.option(1e-5, "learning rate of Meta-Weight-Net's network", above=0)
     dev: str = cli.option("train", "where development images come from", choices=("train", "apart"))
     dev_per_class: int = cli.option(10, "development images of each class", least=1)
@@ -198,9 +199,8 @@ def class_means(values, labels, num_classes):
 
 def inner_learning_rate(epoch, args):
     """Rate of the step ahead. That of meta falls an epoch late, as in the released code."""
-    if args.method == "meta":
-        epoch = max(epoch - 1, 0)
-    return recipes.learning_rate(epoch, args)
+    late = 1 if args.method == "meta" else 0
+    return args.inner_scale * recipes.learning_rate(max(epoch - late, 0), args)
 
 
 def make_model(dataset, args):

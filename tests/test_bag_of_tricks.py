@@ -13,7 +13,7 @@ from accelerate import Accelerator
 import bag_of_tricks as bag
 from bag_of_tricks import Args
 from common import datasets, models
-from tests.conftest import TINY, close, lines_of, parse, refusal, run_here, state_of
+from tests.conftest import TINY, close, forget, lines_of, parse, refusal, run_here, state_of
 
 SCRIPT = "bag_of_tricks.py"
 COUNTS = torch.tensor([500.0, 50.0, 5.0])
@@ -409,6 +409,7 @@ def mask_of(*rows):
 def test_foreground():
     cam = bag.activation_maps(MAPS, ROWS, (4, 4))
     assert torch.equal(bag.foregrounds(cam)[0], mask_of("1000", "1000", "0011", "0111").bool())
+    assert torch.equal(bag.foregrounds(cam, 0.75)[0], mask_of("1100", "1100", "0111", "0111").bool())
 
 
 def layers_of(image, mask):
@@ -576,7 +577,7 @@ def test_maps_are_of_the_true_class(loss, tmp_path, monkeypatch):
     """Not of the predicted one; without the bias, which all pixels share; of images as they are."""
     pool, seen, foregrounds = random_pool(), [], bag.foregrounds
     pool.augmentation = torch.zeros_like
-    monkeypatch.setattr(bag, "foregrounds", lambda cam: seen.append(cam) or foregrounds(cam))
+    monkeypatch.setattr(bag, "foregrounds", lambda cam, scale: seen.append(cam) or foregrounds(cam, scale))
     network = bag.make_model(pool, Args(loss=loss))
     whole = new_set(tmp_path, pool, network=network, loss=loss)
     rng = np.random.default_rng(datasets.epoch_seed(0, 0, stream=1))
@@ -788,3 +789,14 @@ def test_nothing_to_defer_is_plain_training(tmp_path):
 def test_no_activation_maps(arch, tmp_path):
     line = refusal(run_here, SCRIPT, **TINY, arch=arch, output_dir=tmp_path / "run")
     assert line == f"--arch {arch}: no places in its feature map; use resnet32, or --no-cam"
+
+
+@pytest.mark.slow
+def test_without_tricks_it_is_cross_entropy(tmp_path):
+    """Bit for bit that of cmo.py with the same settings, and so is stage 1 where re-balancing is deferred."""
+    options = dict(TINY, lr_steps=(), warmup=2, warmup_from=0.0)
+    cmo = run_here("cmo.py", **options, p_mix=0.0, output_dir=str(tmp_path / "cmo"))
+    forget()
+    tricks = dict(mixup=0.0, sampling="instance", cam=False, finetune=False)
+    bag_run = run_here("bag_of_tricks.py", **options, **tricks, output_dir=str(tmp_path / "bag"))
+    assert bag_run["weights_sha256"] == cmo["weights_sha256"]

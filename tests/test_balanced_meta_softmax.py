@@ -361,6 +361,7 @@ def test_recipes_of_the_large_sets():
     "options, line",
     [
         (dict(stage1="x", classifier="joint"), "--classifier joint: trains nothing after --stage1; use new"),
+        (dict(nesterov=True), "--nesterov: the step ahead of --meta goes without it; leave it out"),
         (
             dict(dataset="cifar10_lt", epochs=1),
             "--epochs 1: trains nothing, the cosine is 0 in the last epoch; use more",

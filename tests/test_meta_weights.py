@@ -514,6 +514,8 @@ def test_learning_rates():
     close(rates, [0.1] * 2 + [1e-3] * 2 + [1e-5] * 2, 1e-12)
     inner = [meta_weights.inner_learning_rate(e, args) for e in (159, 160, 179, 180)]
     close(inner, [0.1, 1e-3, 1e-3, 1e-5], 1e-12)
+    mean = parse("meta_weights.py", dataset="cifar10_lt", inner_scale=0.01)
+    close(meta_weights.inner_learning_rate(160, mean), 1e-5, 1e-15)
     assert (args.epochs, args.pretrain_epochs, args.batch_size, args.wd) == (200, 160, 100, 5e-4)
     assert args.nesterov
     mwnet = parse("meta_weights.py", dataset="cifar10_lt", recipe="mwnet")

@@ -225,6 +225,12 @@ def test_two_processes_are_one_in_single_precision(script, tmp_path):
     compare_processes(script, tmp_path, 1e-5, "", lr=0.002, epochs=1)
 
 
+@pytest.mark.slow
+def test_two_processes_are_one_with_a_frozen_backbone(tmp_path, double):
+    options = dict(pretrain_epochs=1, freeze_backbone=True)
+    compare_processes("meta_weights.py", tmp_path, 1e-11, DOUBLE, **options)
+
+
 def compare_processes(script, tmp_path, tolerance, code, **more):
     """Same batches, same loss and weights to rounding, same evaluation; equal weights in both processes."""
     exact = EXACT | ALIKE.get(script, {}) | more
