@@ -9,14 +9,12 @@ Method:   1. train with input mixup on the images as they come                  
           3. end without mixup and without new images, drawn by --sampling                              main
           Each trick is an option, --recipe plain has none. What re-balances is deferred to --drw-epoch.
 Differs:  as in the authors' toolbox, weights are n_min / n_k, and stage 3 draws classes evenly; as in the
-          paper, maps are of the image as it is, and their mean is the threshold (in the toolbox 0.75 of it).
-          docs/bag_of_tricks.md has the rest, and a command for every row.
+          paper, a map's threshold is its mean (toolbox: 0.75 of it). The rest: docs/bag_of_tricks.md.
 Expected: imbalance 100: cifar10_lt 80.0, cifar100_lt 47.8; imagenet_lt, ResNet-10: 43.1 (paper).
 Run:      accelerate launch bag_of_tricks.py --dataset cifar100_lt
 """
 
 import copy
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +53,7 @@ RECIPES = {
     "image_list": FILES,
 }
 NO_TRICK = dict(mixup=0.0, sampling="instance", cam=False, finetune=False)
-HALF = {"cifar10_lt": HALF_CIFAR, "cifar100_lt": HALF_CIFAR,
-        "imagenet_lt": HALF_LARGE, "inat2018": HALF_LARGE}
+HALF = dict(cifar10_lt=HALF_CIFAR, cifar100_lt=HALF_CIFAR, imagenet_lt=HALF_LARGE, inat2018=HALF_LARGE)
 for name, row in list(RECIPES.items()):
     RECIPES[name + " long"] = row | NO_TRICK  # for mixup alone
     RECIPES[name + " plain"] = row | NO_TRICK | HALF.get(name, {})  # for another trick alone
@@ -120,14 +117,11 @@ def image_losses(logits, labels, class_counts, loss, gamma=2.0):
     if loss == "bs":  # log N cancels in the softmax
         logits = logits + class_counts.log()
     losses = F.cross_entropy(logits, labels, reduction="none")
-    if loss in ("smooth", "label-aware"):
-        eps = 0.1
-        if loss == "label-aware":  # 0.1 for the smallest class, 0.4 for the largest, a sine between
-            share = class_counts - class_counts.min()
-            share = share / share.max().clamp(min=1)
-            eps = (0.1 + 0.3 * torch.sin(math.pi / 2 * share))[labels]
-        losses = (1 - eps) * losses - eps * logits.log_softmax(1).mean(1)
-    return losses
+    eps = 0.1 if loss == "smooth" else 0.0
+    if loss == "label-aware":  # 0.1 for the smallest class, 0.4 for the largest, a sine between
+        share = (class_counts - class_counts.min()) / (class_counts.max() - class_counts.min()).clamp(min=1)
+        eps = (0.1 + 0.3 * torch.sin(torch.pi / 2 * share))[labels]
+    return (1 - eps) * losses - eps * logits.log_softmax(1).mean(1)
 
 
 def weighted_mean(accelerator, losses, weights):
@@ -214,8 +208,7 @@ def paste(layers, new):
 
 @torch.no_grad()
 def with_new_images(run, network, train_set, args):
-    """The training set and new images by `quotas`, each made from a random one of its class.
-    Each process makes a part. Those of image files are files, too, in new_images/ in the run's folder."""
+    """The training set and new images by `quotas`. Where its images are files, so are these: new_images/."""
     rng = np.random.default_rng(datasets.epoch_seed(args.seed, 0, stream=1))
     images_of = train_set.by_class()
     numbers = quotas(train_set.class_counts, args.cap).tolist()
@@ -250,7 +243,6 @@ def with_new_images(run, network, train_set, args):
         images = np.concatenate([train_set.images, datasets.as_bytes(made)])
     else:
         images = torch.cat([train_set.images, torch.stack(made).to(train_set.images.device)])
-        images = images.contiguous(memory_format=torch.channels_last)
     return train_set.of(images, torch.cat([train_set.labels, train_set.labels[sources]]))
 
 
@@ -269,13 +261,12 @@ def learning_rate(epoch, args):
 
 def train_one_epoch(run, model, loader, optimizer, class_counts, epoch, args):
     model.train()
-    loss_name = args.loss
-    weights = torch.ones_like(class_counts)
+    loss_name, reweight = args.loss, args.reweight
     start = args.drw_epoch - 1 if args.loss == "ldam" else args.drw_epoch  # as in the toolbox
-    if epoch >= start:
-        weights = class_weights(class_counts, args.reweight, args.beta)
-    elif args.loss in ("cdt", "bs"):
-        loss_name = "ce"
+    if epoch < start:
+        reweight = "none"
+        loss_name = "ce" if args.loss in ("cdt", "bs") else args.loss
+    weights = class_weights(class_counts, reweight, args.beta)
 
     def batch_loss(logits, labels, share):
         losses = share * image_losses(logits, labels, class_counts, loss_name, args.gamma)

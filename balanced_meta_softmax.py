@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader
 
 from common import cli, datasets, evaluation, models, recipes
 from common.runs import Run
@@ -197,8 +196,7 @@ def train_one_epoch(run, model, loader, meta_loader, optimizer, rates, adam, los
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     # What a step draws is read in that step, by loader processes that have a part of the batch each.
     parts = []
-    options = dict(datasets.options(dataset), persistent_workers=dataset.workers > 0)
-    drawn_loader = DataLoader(dataset, batch_sampler=parts, **options)
+    drawn_loader = datasets.loader(dataset, batch_sampler=parts, persistent_workers=dataset.workers > 0)
 
     batches, meta_batches = iter(loader), iter(meta_loader)
     for _ in run.steps(range(len(loader))):
@@ -249,7 +247,7 @@ def main(args: Args) -> dict:
         return torch.cat(passes)[:size]
 
     sampler = datasets.EpochSampler(meta_order, size, args.seed, stream=1)
-    meta_loader = DataLoader(meta_set, args.meta_batch_size, sampler=sampler, **datasets.options(meta_set))
+    meta_loader = datasets.loader(meta_set, args.meta_batch_size, sampler=sampler)
     test_loader = datasets.test_loader(test_set, args)
     meta_loader, test_loader = accelerator.prepare(meta_loader, test_loader)
     network = make_model(train_set, args).to(accelerator.device)

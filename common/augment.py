@@ -1,25 +1,23 @@
 """Augmentations of training images, on torch's own generator, which a run seeds anew at each epoch.
 
-Those of whole batches of small images are fast and run where the images are. The others are torchvision's,
-for one image at a time, in loader processes.
+Those of batches of small images run where the images are; torchvision's, image by image, in loader processes.
 """
 
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
+from torchvision.transforms import v2
 
-POLICY = AutoAugment(AutoAugmentPolicy.CIFAR10)
+CIFAR_POLICY = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+apply_op = CIFAR_POLICY._apply_image_or_video_transform
 
 
 def of_batches(kind, size, padding):
     """(the augmentation `kind` of uint8 batches [B, C, H, W], whether it goes image by image)."""
-    if kind == "weak":
-        return partial(crop_and_flip, padding=padding), False
-    if kind == "auto":
-        return v2.Compose([partial(crop_and_flip, padding=padding), auto_augment, cutout]), False
+    shift = partial(crop_and_flip, padding=padding)
+    if kind in ("weak", "auto"):
+        return shift if kind == "weak" else v2.Compose([shift, auto_augment, cutout]), False
     return partial(one_by_one, transform=of_images(kind, size, padding)), True
 
 
@@ -33,23 +31,18 @@ def of_images(kind, size, padding=None):
     crop = v2.RandomCrop(size, padding) if small else v2.RandomResizedCrop(size)
     flip = v2.RandomHorizontalFlip()
     colours = v2.ColorJitter(0.4, 0.4, 0.4, 0.1 if small else 0.0)
-    if kind == "jitter":
-        return v2.Compose([crop, flip, colours])
-    if kind == "rotate":
-        return v2.Compose([crop, flip, v2.RandomRotation(15)])
-    if kind == "auto":
-        return v2.Compose([crop, flip, v2.AutoAugment()])
-    if kind == "strong":
-        blur = v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], 0.5)
-        if small:
-            usual = [crop, flip, v2.AutoAugment(AutoAugmentPolicy.CIFAR10), v2.Lambda(cutout)]
-            crop, colours = v2.RandomResizedCrop(size, (0.2, 1.0)), v2.RandomApply([colours], 0.8)
-        else:  # near to timm's rand-n2-m10-mstd0.5: two operations, each with probability 0.5
-            operation = v2.RandAugment(1, 30, interpolation=InterpolationMode.BILINEAR, fill=[124, 116, 104])
-            usual = [crop, flip, colours, *[v2.RandomApply([operation], 0.5) for _ in range(2)]]
-        contrastive = [crop, flip, colours, v2.RandomGrayscale(0.2), blur]
-        return v2.RandomChoice([v2.Compose(usual), v2.Compose(contrastive)])
-    return v2.Compose([crop, flip])
+    if kind != "strong":
+        more = {"jitter": [colours], "rotate": [v2.RandomRotation(15)], "auto": [v2.AutoAugment()]}
+        return v2.Compose([crop, flip, *more.get(kind, [])])
+    if small:
+        usual = [crop, flip, CIFAR_POLICY, v2.Lambda(cutout)]
+        crop, colours = v2.RandomResizedCrop(size, (0.2, 1.0)), v2.RandomApply([colours], 0.8)
+    else:  # near to timm's rand-n2-m10-mstd0.5: two operations, each with probability 0.5
+        operation = v2.RandAugment(1, 30, interpolation=v2.InterpolationMode.BILINEAR, fill=[124, 116, 104])
+        usual = [crop, flip, colours, *[v2.RandomApply([operation], 0.5) for _ in range(2)]]
+    blur = v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], 0.5)
+    contrastive = [crop, flip, colours, v2.RandomGrayscale(0.2), blur]
+    return v2.RandomChoice([v2.Compose(usual), v2.Compose(contrastive)])
 
 
 def crop_and_flip(images, padding):
@@ -68,13 +61,11 @@ def cutout(images, side=16):
     DeVries and Taylor, arXiv:1708.04552. Rows y - side // 2 to y + side // 2 - 1: an odd side loses one.
     """
     *number, _, height, width = images.shape
-
-    def covered(size):
-        centres = torch.randint(size, (*number, 1), device=images.device)
-        offsets = torch.arange(size, device=images.device) - centres
-        return (offsets >= -(side // 2)) & (offsets < side // 2)
-
-    hole = covered(height)[..., None, :, None] & covered(width)[..., None, None, :]
+    y, x = (torch.randint(size, (*number, 1, 1, 1), device=images.device) for size in (height, width))
+    down = torch.arange(height, device=images.device)[:, None] - y  # from the centre
+    across = torch.arange(width, device=images.device) - x
+    half = side // 2
+    hole = (down >= -half) & (down < half) & (across >= -half) & (across < half)
     return images.clone().masked_fill_(hole, 0)  # out of place it would not keep channels_last
 
 
@@ -83,24 +74,16 @@ def auto_augment(images):
 
     torchvision's class draws once for a whole batch. Here images of the same operation are taken together.
     """
-    space, number = POLICY._augmentation_space(10, images.shape[-2:]), len(images)
-    chosen = torch.randint(len(POLICY.policies), (number,)).tolist()
-    chances = torch.rand(number, 2).tolist()
-    negative = (torch.rand(number, 2) < 0.5).tolist()
-    members = {}
-    for i in range(number):
-        for step, (name, probability, level) in enumerate(POLICY.policies[chosen[i]]):
-            if chances[i][step] < probability:
-                values, signed = space[name]
-                magnitude = 0.0 if level is None else values[level].item()
-                if signed and negative[i][step]:
-                    magnitude = -magnitude
-                members.setdefault((step, name, magnitude), []).append(i)
+    chosen = torch.randint(len(CIFAR_POLICY._policies), (len(images),))
+    chances, negative = torch.rand(len(images), 2), torch.rand(len(images), 2) < 0.5
     images = images.clone()
-    for (_, name, magnitude), positions in sorted(members.items()):  # first operations before second ones
-        if name == "Equalize":  # _apply_op gives the same bits, but waits for the device at each image
-            changed = v2.functional.equalize(images[positions])
-        else:
-            changed = _apply_op(images[positions], name, magnitude, InterpolationMode.NEAREST, None)
-        images[positions] = changed
+    for i, operations in enumerate(CIFAR_POLICY._policies):
+        for step, (name, probability, level) in enumerate(operations):
+            levels, is_signed = CIFAR_POLICY._AUGMENTATION_SPACE[name]
+            magnitude = 0.0 if level is None else float(levels(10, *images.shape[-2:])[level])
+            members = (chosen == i) & (chances[:, step] < probability)
+            minus = negative[:, step] & is_signed
+            for some, value in ((members & ~minus, magnitude), (members & minus, -magnitude)):
+                if some.any():
+                    images[some] = apply_op(images[some], name, value, v2.InterpolationMode.NEAREST, {})
     return images

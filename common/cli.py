@@ -40,10 +40,7 @@ def show(message, stream):
 
 
 def option(default, help, choices=None, least=None, above=None, most=None, is_epoch=False):
-    """A field of an Args class: default, help and what it may be (least <= value <= most, value > above).
-
-    is_epoch: it counts epochs of --epochs, and goes with them.
-    """
+    """A field of Args, with least <= value <= most and value > above. is_epoch: it goes with --epochs."""
     limits = dict(choices=choices, least=least, above=above, most=most)
     return dataclasses.field(default=default, metadata=dict(help=help, is_epoch=is_epoch, **limits))
 
@@ -90,9 +87,6 @@ class Args:
             value = getattr(self, field.name)
             for item in value if isinstance(value, tuple) else (value,):
                 check(flag(field.name), item, **field.metadata)
-            if isinstance(value, tuple) and field.default and len(value) != len(field.default):
-                words = " ".join(map(str, field.default))
-                raise Refused(f"{flag(field.name)}: give {len(field.default)} numbers, such as {words}")
         if self.splits[1] > self.splits[0] + 1:
             raise Refused(f"--splits {self.splits}: a class would be many- and few-shot; try 100 20")
 
@@ -136,9 +130,8 @@ def parse(args_class, all_recipes, doc, argv=None):
     changed = scaled(args_class, defaults, max(chosen.epochs or defaults["epochs"], 1))
     defaults |= changed
 
-    as_written = argparse.RawDescriptionHelpFormatter
-    usage = "%(prog)s [options]"
-    parser = Parser(usage=usage, description=doc, allow_abbrev=False, formatter_class=as_written)
+    layout = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(usage="%(prog)s [options]", description=doc, **layout)
     own = parser.add_argument_group("options of the method")
     shared = parser.add_argument_group("options of every script")
     hints = typing.get_type_hints(args_class)
@@ -150,7 +143,7 @@ def parse(args_class, all_recipes, doc, argv=None):
         if kind is bool:
             keywords = dict(action=argparse.BooleanOptionalAction)
         else:
-            keywords = dict(type=kind, nargs="*" if rest == [...] else None)
+            keywords = dict(type=kind, nargs=len(field.default) or "*" if rest == [...] else None)
         group = shared if hasattr(Args, field.name) else own
         group.add_argument(flag(field.name), default=default, help=help.replace("%", "%%"), **keywords)
 
@@ -167,10 +160,7 @@ def parse(args_class, all_recipes, doc, argv=None):
 
 
 def find_recipe(args_class, all_recipes, dataset, name):
-    """Every option's default: the field's, or that of RECIPES[dataset], of RECIPES["dataset name"].
-
-    equal: RECIPES[dataset] with the settings of recipes.EQUAL, and what counts epochs scaled to their number.
-    """
+    """Defaults: the field's, or RECIPES[dataset]'s, RECIPES["dataset name"]'s; of `equal` recipes.EQUAL's."""
     known = [key for key in all_recipes if " " not in key]
     if dataset not in known:
         raise Refused(f"--dataset {dataset}: must be one of {', '.join(known)}")

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 COLOURS = "1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 7f7f7f bcbd22 17becf"
-TAIL = (5, 6, 7, 8, 9)
 
 
 def noisy(labels, ratio, generator):
@@ -39,5 +38,5 @@ def coloured(images, colours):
 def colour(images, labels, test_images, test_labels, generator):
     """(images, labels, test images) from grey ones. generator: NumPy's, after the cut was drawn."""
     labels = noisy(labels, 0.25, generator)
-    images = coloured(images, draw_colours(labels, generator, TAIL))
+    images = coloured(images, draw_colours(labels, generator, own=range(5, 10)))
     return images, labels, coloured(test_images, draw_colours(test_labels, np.random.RandomState(0)))

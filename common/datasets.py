@@ -1,8 +1,7 @@
 """Long-tailed data sets, their samplers and loaders.
 
-`load(args)` gives (train, test). A loader yields (images, labels): uint8 [B, C, H, W] and int64 [B]; networks
-normalise. Small images are kept in memory, on the GPU if there is one, and a batch of them is one index
-operation. Large ones are decoded and augmented by worker processes.
+A loader yields (images, labels): uint8 [B, C, H, W] and int64 [B]; networks normalise. Small images are kept
+in memory, on the GPU if there is one. Large ones are decoded and augmented by worker processes.
 """
 
 import copy
@@ -12,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,11 +38,7 @@ def long_tail_counts(largest, num_classes, imbalance):
 
 
 def draw_subset(labels, counts, generator):
-    """Positions of counts[k] random images of each class k, grouped by class. labels [N].
-
-    With NumPy's legacy generator these are the draws of the LDAM-DRW code, so that a long-tailed CIFAR is the
-    published one, image for image.
-    """
+    """Positions of counts[k] random images of each class k, drawn as in the LDAM-DRW code. labels [N]."""
     kept = []
     for k, count in enumerate(counts):
         positions = np.flatnonzero(labels == k)
@@ -54,10 +48,7 @@ def draw_subset(labels, counts, generator):
 
 
 def cut(labels, num_classes, imbalance, largest=None, generator=None):
-    """Positions of the exponential long tail of `labels` [N]. largest: images of class 0, by default all.
-
-    generator: by default NumPy's legacy one of seed 0, so that the subset is the same in every run.
-    """
+    """Positions of the long tail of `labels` [N], equal in all runs. largest: of class 0, if not all."""
     available = np.bincount(labels, minlength=num_classes)
     counts = np.array(long_tail_counts(largest or available.max(), num_classes, imbalance))
     if (counts > available).any():
@@ -81,11 +72,7 @@ def epoch_seed(seed, epoch, stream=0):
 
 
 class EpochSampler(Sampler):
-    """The indices of one epoch's images: what order(generator, epoch) returns.
-
-    A pure function of (seed, epoch, stream): equal on all processes, and the same again in a resumed run.
-    Samplers of one run take different streams.
-    """
+    """order(generator, epoch) [size], a pure function of (seed, epoch, stream): equal on all processes."""
 
     def __init__(self, order, size, seed, stream=0):
         self.order, self.size, self.seed, self.stream, self.epoch = order, size, seed, stream, 0
@@ -109,10 +96,7 @@ def draw(weights, size, generator):
 
 
 def class_aware(dataset, in_a_row=4, size=None):
-    """An order that goes round all classes, taking of each the next `in_a_row` of its shuffled images.
-
-    Of `size` images, by default as many as there are.
-    """
+    """An order of `size` images (default: N): of each class in turn the next `in_a_row`, all shuffled."""
 
     def forever(items, generator):
         while True:
@@ -129,10 +113,7 @@ def class_aware(dataset, in_a_row=4, size=None):
 
 
 def train_loader(dataset, args, weights=None, order=None, size=None, stream=0):
-    """Batches of an epoch of N images: each once, or drawn by `weights` [N], or in the `order` of a function.
-
-    size: of that order, where it is not N. An incomplete last batch is dropped.
-    """
+    """Whole batches of N images: each once, or drawn by `weights` [N], or in `order`, of `size` if not N."""
     size = size or len(dataset)
     if size < args.batch_size:
         raise Refused(f"--batch-size {args.batch_size}: there are {size} training images; use a smaller one")
@@ -143,25 +124,20 @@ def train_loader(dataset, args, weights=None, order=None, size=None, stream=0):
         return draw(weights, size, generator)
 
     sampler = EpochSampler(order or usual_order, size, args.seed, stream)
-    return DataLoader(dataset, args.batch_size, sampler=sampler, drop_last=True, **options(dataset))
+    return loader(dataset, args.batch_size, sampler=sampler, drop_last=True)
 
 
 def test_loader(dataset, args):
     """Every image once, in order."""
-    return DataLoader(dataset, args.batch_size, **options(dataset))
+    return loader(dataset, args.batch_size)
 
 
-def options(dataset):
-    """Keywords of a DataLoader. Data sets hand out whole batches, so there is nothing to collate."""
-    keywords = dict(num_workers=dataset.workers, collate_fn=tuple)
+def loader(dataset, batch_size=1, **keywords):
+    """A DataLoader. Data sets hand out whole batches, so that there is nothing to collate."""
+    keywords |= dict(num_workers=dataset.workers, collate_fn=tuple)
     if dataset.workers:
-        keywords |= dict(worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available(), timeout=600)
-    return keywords
-
-
-def ignore_interrupts(worker):
-    """Ctrl-C goes to all processes; the training process ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        keywords |= dict(pin_memory=torch.cuda.is_available(), timeout=600)
+    return DataLoader(dataset, batch_size, **keywords)
 
 
 class LabelledImages(Dataset):
@@ -199,6 +175,8 @@ class LabelledImages(Dataset):
     def of(self, images, labels):
         """Other images, stored alike, of the same classes."""
         other = copy.copy(self)
+        if torch.is_tensor(images):
+            images = images.contiguous(memory_format=torch.channels_last).to(self.images.device)
         other.images, other.labels = images, torch.as_tensor(labels, dtype=torch.int64)
         other.class_counts = torch.bincount(other.labels, minlength=self.num_classes)
         return other
@@ -287,21 +265,17 @@ def load(args):
 
 
 def in_memory(train, test, class_names, statistics, padding, args):
-    """(train, test) from (images, labels) of each; padding: of crops, 0 for sets that are not augmented.
-
-    On the device of this process, unless the augmentation goes image by image, in loader processes.
-    """
-    augmentation, in_workers = None, False
+    """(train, test) from (images, labels) of each. padding: of crops, 0 for sets that are not augmented."""
+    (images, labels), augmentation, in_workers = train, None, False
     if padding and args.augment != "none":
-        augmentation, in_workers = augment.of_batches(args.augment, train[0].shape[-1], padding)
-    device = "cpu" if in_workers else PartialState().device
-    parts = []
-    for images, labels in (train, test):
-        images = images.contiguous(memory_format=torch.channels_last).to(device)
-        parts.append(LabelledImages(images, labels, class_names, tuple(images.shape[1:]), statistics))
-    parts[0].augmentation = augmentation
-    parts[0].workers = args.num_workers if in_workers else 0
-    return parts
+        augmentation, in_workers = augment.of_batches(args.augment, images.shape[-1], padding)
+    images = images.contiguous(memory_format=torch.channels_last)
+    if not in_workers:
+        images = images.to(PartialState().device)
+    train = LabelledImages(images, labels, class_names, tuple(images.shape[1:]), statistics)
+    test = train.of(*test)
+    train.augmentation, train.workers = augmentation, args.num_workers if in_workers else 0
+    return train, test
 
 
 def load_synthetic(args):
@@ -334,7 +308,7 @@ def load_torchvision(args):
 
 
 def load_files(args):
-    """Folders or lists. Small square images, or those of a small --image-size, go to memory."""
+    """Folders or lists. With a small --image-size all images go to memory."""
     root = Path(args.data_dir)
     if not root.is_dir():
         raise Refused(f"--data-dir {root}: no such folder; docs/data.md says what {args.dataset} needs there")
@@ -358,14 +332,14 @@ def load_files(args):
         if not (root / path).is_file():
             raise Refused(f"{root / path}: no such image; check --data-dir and the list")
 
-    size = args.image_size or native_size(root / paths[0])
+    size = args.image_size or 224
     if size <= IN_MEMORY_SIZE:
         train = read_all(root, paths, size), labels
         test = read_all(root, test_paths, size), test_labels
         return in_memory(train, test, names, statistics, size // 8, args)
-    facts = names, (3, size, size), statistics, root, args.num_workers
-    train = LabelledImages(as_bytes(paths), labels, *facts)
-    test = LabelledImages(as_bytes(test_paths), test_labels, *facts)
+    shape = 3, size, size
+    train = LabelledImages(as_bytes(paths), labels, names, shape, statistics, root, args.num_workers)
+    test = train.of(as_bytes(test_paths), test_labels)
     if args.augment != "none":
         train.augmentation = augment.of_images(args.augment, size)
     return train, test
@@ -378,21 +352,14 @@ def load_list(args, name, train):
     missing = np.setdiff1d(np.arange(train.num_classes), labels)
     if len(missing):
         raise Refused(f"{flag(name)} {getattr(args, name)}: names no image of class {missing[0]}")
-    if not torch.is_tensor(train.images):
-        return train.of(as_bytes(paths), labels)
-    images = read_all(root, paths, train.shape[-1]).contiguous(memory_format=torch.channels_last)
-    return train.of(images.to(train.images.device), labels)
+    if torch.is_tensor(train.images):
+        return train.of(read_all(root, paths, train.shape[-1]), labels)
+    return train.of(as_bytes(paths), labels)
 
 
 def as_bytes(paths):
     """One block of memory, which loader processes do not copy."""
     return np.array([os.fsencode(path) for path in paths])
-
-
-def native_size(path):
-    """The side of a small square image, else 224."""
-    height, width = read_image(path).shape[1:]
-    return width if 8 <= width == height <= IN_MEMORY_SIZE else 224
 
 
 def read_all(root, paths, size):
@@ -460,18 +427,18 @@ def read_list(file, classes=None):
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of other bytes
         if file.suffix == ".json":
             content = json.loads(text)
-            file_of = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
-            entries = [(file_of[e["image_id"]], str(e["category_id"])) for e in content["annotations"]]
+            file_of = {entry["id"]: entry["file_name"] for entry in content["images"]}
+            lines = [f"{file_of[e['image_id']]} {e['category_id']}" for e in content["annotations"]]
         else:
             lines = text.replace("\t", " ").split("\n")
-            entries = [line.strip().rpartition(" ")[::2] for line in lines]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = "JSON with images and annotations" if place == "annotation" else "a list in UTF-8"
-        raise Refused(f"{file}: cannot be read as {what} ({type(error).__name__}: {error})") from None
-    label_at, classes = {}, classes or len(entries)
-    for number, (path, label) in enumerate(entries, 1):
+        kind = "JSON with images and annotations" if place == "annotation" else "a list in UTF-8"
+        raise Refused(f"{file}: cannot be read as {kind} ({type(error).__name__}: {error})") from None
+    label_at, classes = {}, classes or len(lines)
+    for number, line in enumerate(lines, 1):
+        path, _, label = line.strip().rpartition(" ")
         path, here = path.strip().removeprefix("./"), f"{file}, {place} {number}"
-        if not path + label:
+        if not line.strip():
             continue
         if not (path and label.isdecimal() and len(label) < 10):
             raise Refused(f"{here}: {path} {label}: not `relative/path label`, labels being 0, 1, ..")
@@ -483,7 +450,4 @@ def read_list(file, classes=None):
             raise Refused(f"{here}: {path} has label {label} here and {label_at[path]} before")
     if not label_at:
         raise Refused(f"{file}: names no image")
-    repeated = sum(path != "" for path, _ in entries) - len(label_at)
-    if repeated:
-        say(f"note: {file}: {repeated} lines name an image that is named before; each counts once")
     return list(label_at), np.array(list(label_at.values()))

@@ -1,7 +1,5 @@
 """Networks: CIFAR ResNets, torchvision's ImageNet ResNets, LeNet, and the linear and cosine classifiers.
 
-`load(folder)` gives the trained network of a finished run.
-
 Every network takes pixels of 0..255, uint8 or float, and normalises them itself. It has
 feature_map(images) -> [B, D, h, w], features(images) -> [B, D] and classifier(features) -> [B, K].
 """
@@ -99,13 +97,8 @@ def cifar_backbone(depth, channels, narrow):
     return modules, before
 
 
-def lenet_backbone(channels):
-    first, second = nn.Conv2d(channels, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
-    return [first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2)]
-
-
 def lenet_neck(size):
-    """Layers to a 2-dimensional feature, so that features can be drawn. Made for 28x28 images."""
+    """LeNet's layers to a 2-dimensional feature, so that it can be drawn. Made for 28x28 images."""
     flat = 16 * ((size // 2 - 4) // 2) ** 2
     layers = nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 2)
     return nn.Sequential(*layers)
@@ -163,7 +156,8 @@ def build(arch, dataset, seed, cosine=None, pretrained=False, narrow=1.0):
         elif arch.startswith("resnet") and arch[6:] in ("8", "20", "32", "44", "56"):
             modules, width = cifar_backbone(int(arch[6:]), channels, narrow)
         elif arch == "lenet":
-            modules, width = lenet_backbone(channels), 2
+            first, second = nn.Conv2d(channels, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
+            modules, width = [first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2)], 2
         else:
             raise Refused(f"--arch {arch}: must be resnet8, 20, 32, 44, 56, lenet, {', '.join(IMAGENET)}")
         if cosine:

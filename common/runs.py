@@ -33,14 +33,10 @@ from common.datasets import epoch_seed
 from common.evaluation import SPLITS
 
 FREE = ("output_dir", "data_dir", "resume", "overwrite", "num_workers", "log_with")  # may change on resuming
-CHECK_EVERY = 100  # steps between two looks at the loss
 
 
 class Run:
-    """What a training loop tells and asks: set_data, epochs, steps, log, end_epoch, finish.
-
-    rng: for draws that all processes share, such as mixup's lambda; NumPy's, new for each epoch.
-    """
+    """What a training loop tells and asks. rng: of NumPy, new each epoch, for draws that processes share."""
 
     def __init__(self, accelerator, args):
         self.accelerator, self.args, self.is_main = accelerator, args, accelerator.is_main_process
@@ -120,10 +116,7 @@ class Run:
             raise Refused(f"the processes have other {what}; give them the same --output-dir, --data-dir")
 
     def set_data(self, train_set, *others):
-        """Keep what the data are. All processes have to have the same, and a resumed run its own.
-
-        others: the test set, and what else is trained with.
-        """
+        """Keep what the data are: equal on all processes and on resuming. others: test set, meta set, .."""
         self.class_counts = train_set.class_counts
         hashes = [part.sha256() for part in (train_set, *others)]
         self.same_everywhere("data", hashes)
@@ -139,10 +132,7 @@ class Run:
         }
 
     def epochs(self, numbers, **objects):
-        """Those of the range `numbers` that are left. objects (model, optimizer, ..): what checkpoints hold.
-
-        Everything random is seeded from (seed, epoch), so that a resumed run repeats the unbroken one.
-        """
+        """Those of the range `numbers` that are left. objects (model, optimizer, ..): for the checkpoint."""
         if self.is_main and self.args.overwrite and not self.history:
             for file in ("checkpoint.pt", "metrics.jsonl", "model.safetensors", "result.json"):
                 (self.folder / file).unlink(missing_ok=True)
@@ -152,17 +142,14 @@ class Run:
             objects["scaler"] = self.accelerator.scaler
         self.objects = {name: self.unwrap(thing) for name, thing in objects.items()}
         if self.checkpoint and self.done in numbers:
-            try:
-                for name, thing in self.objects.items():
-                    thing.load_state_dict(self.checkpoint["state"][name])
-            except (RuntimeError, ValueError, KeyError):  # keys or shapes
-                raise Refused(f"--resume: the run in {self.folder} is of another network") from None
+            for name, thing in self.objects.items():
+                thing.load_state_dict(self.checkpoint["state"][name])
             say(f"resumed {self.folder} after epoch {self.done + 1}")
             self.checkpoint = None  # frees its memory
         self.epoch = self.last_epoch = numbers.stop - 1
         for epoch in range(max(numbers.start, self.done + 1), numbers.stop):
             self.epoch, self.begun, self.logged = epoch, time.perf_counter(), {}
-            seed = epoch_seed(self.args.seed, epoch)
+            seed = epoch_seed(self.args.seed, epoch)  # a resumed run repeats the unbroken one
             self.rng = np.random.default_rng(seed)
             set_seed(seed % 2**31, device_specific=True)
             yield epoch
@@ -179,7 +166,7 @@ class Run:
         bar = tqdm(loader, desc=f"epoch {self.epoch + 1}", leave=False, disable=not is_shown)
         for step, batch in enumerate(bar, 1):
             yield batch
-            if step % CHECK_EVERY == 0:
+            if step % 100 == 0:  # also a look at whether it is finite
                 bar.set_postfix(loss=f"{self.means()['loss']:.4f}")
 
     def log(self, **values):
@@ -219,7 +206,7 @@ class Run:
     def finish(self, **facts):
         """The result of the last epoch, and facts: a dict, one JSON line on stdout, and result.json."""
         state, device = self.objects["model"].state_dict(), self.accelerator.device
-        weights = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        weights = save({name: tensor.cpu().contiguous() for name, tensor in state.items()})
         packages = torch, torchvision, accelerate, np
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         memory = torch.cuda.max_memory_allocated() or 1024 * kilobytes
@@ -240,13 +227,13 @@ class Run:
             "commit": commit(),
             "command": shlex.join(sys.argv),
             "script_sha256": hashlib.sha256(self.script.read_bytes()).hexdigest(),
-            "weights_sha256": sha256(weights),
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
             "args": self.options,
             **self.data,
             **facts,
         }
         if self.is_main:
-            write(self.folder / "model.safetensors", save(weights))
+            write(self.folder / "model.safetensors", weights)
             write(self.folder / "result.json", json.dumps(result, indent=1))
             short = {name: value for name, value in result.items() if not isinstance(value, list)}
             show(json.dumps(short), sys.stdout)
@@ -255,10 +242,7 @@ class Run:
 
 
 def write(path, content):
-    """Write beside, flush to disk, rename: a kill at any moment leaves the old file or the new one, whole.
-
-    content: text, bytes, or what torch.save takes. Refused where it cannot be written.
-    """
+    """Write text, bytes, or what torch.save takes. A kill at any moment leaves the old file or the new."""
     content = content.encode() if isinstance(content, str) else content
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -275,19 +259,8 @@ def write(path, content):
         raise Refused(f"{path}: cannot be written ({error}); what was there is kept") from None
 
 
-def sha256(tensors):
-    """Of the names and bytes of tensors on the CPU, so that equality of two runs is one comparison."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def commit():
-    """Short hash of the code that runs, with + where files differ from it. None outside of git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Short hash of the code that runs, with + where files differ from it. None without git."""
+    command = "git describe --always --dirty=+ --exclude='*'"
+    told = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return told.stdout.strip() or None

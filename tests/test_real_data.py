@@ -80,7 +80,7 @@ def test_mnist_style(dataset, first, make):
 
 def test_cifar100_folder_and_lists(tmp_path):
     root = Path(FOLDER, "cifar100")
-    train_set, test_set = load("image_folder", data_dir=str(root))
+    train_set, test_set = load("image_folder", data_dir=str(root), image_size=32)
     assert train_set.class_counts.tolist() == datasets.long_tail_counts(500, 100, 100)
     assert len(test_set) == 10000 and train_set.shape == (3, 32, 32)
     first = min((root / "test" / test_set.class_names[0]).iterdir())
@@ -94,7 +94,7 @@ def test_cifar100_folder_and_lists(tmp_path):
                 lines.append(f"{part}/{name}/{file.name} {k}")
         (tmp_path / f"{part}.txt").write_text("\n".join(lines))
         lists[f"{part}_list"] = str(tmp_path / f"{part}.txt")
-    listed, listed_test = load("image_list", data_dir=str(root), **lists)
+    listed, listed_test = load("image_list", data_dir=str(root), image_size=32, **lists)
     assert listed.labels.equal(train_set.labels) and listed.images.equal(train_set.images)
     assert listed_test.images.equal(test_set.images[::50])
 

@@ -5,12 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
+from torchvision.transforms import v2
 
 from common import augment
 
-TORCHVISION = AutoAugment(AutoAugmentPolicy.CIFAR10)
+TORCHVISION = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+NEAREST = v2.InterpolationMode.NEAREST
 LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
@@ -63,16 +63,20 @@ def test_sub_policies_are_torchvisions(size, layout, monkeypatch):
     for i, image in enumerate(images):
         pair, *bits = i // 16, i // 8 % 2, i // 4 % 2, i // 2 % 2, i % 2
         chosen.append(pair)
-        chances.append([0.0 if bits[0] else 1.0, 0.0 if bits[2] else 1.0])  # torchvision: chance <= p
+        chances.append([0.0 if bits[0] else 1.0, 0.0 if bits[2] else 1.0])
         negative.append([bits[1] == 0, bits[3] == 0])
-        applied = [
-            c < operation[1] for c, operation in zip(chances[-1], TORCHVISION.policies[pair], strict=True)
-        ]
-        uniform = torch.tensor([0.0 if a else 1.1 for a in applied])
-        drawn = pair, uniform, torch.tensor([bits[1], bits[3]])
+        drawn = []
+        for step, (name, probability, level) in enumerate(TORCHVISION._policies[pair]):
+            is_applied = chances[-1][step] < probability
+            drawn.append(0.0 if is_applied else 1.1)  # torchvision: chance <= probability
+            if is_applied and level is not None and TORCHVISION._AUGMENTATION_SPACE[name][1]:
+                drawn.append(0.0 if negative[-1][step] else 1.0)
+        drawn = iter(drawn)
         with monkeypatch.context() as patch:
-            patch.setattr(TORCHVISION, "get_params", lambda _, drawn=drawn: drawn)
-            expected.append(TORCHVISION(image) if any(applied) else image)
+            patch.setattr(torch, "randint", lambda *shape, pair=pair: pair)
+            patch.setattr(torch, "rand", lambda *shape, drawn=drawn: next(drawn))
+            expected.append(TORCHVISION(image))
+        assert next(drawn, None) is None
     images = images.contiguous(memory_format=layout)
     before = images.clone()
     with monkeypatch.context() as patch:
@@ -85,21 +89,14 @@ def test_sub_policies_are_torchvisions(size, layout, monkeypatch):
 def test_each_operation_is_torchvisions():
     """Of a batch what it is of each image."""
     images, tried = photos(8), set()
-    space = TORCHVISION._augmentation_space(10, (32, 32))
-    for name, _, level in sum(TORCHVISION.policies, ()):
-        values, signed = space[name]
-        magnitude = 0.0 if level is None else values[level].item()
+    for name, _, level in sum(TORCHVISION._policies, ()):
+        levels, signed = TORCHVISION._AUGMENTATION_SPACE[name]
+        magnitude = 0.0 if level is None else levels(10, 32, 32)[level].item()
         for value in {magnitude, -magnitude if signed else magnitude}:
             tried.add(name)
-            singly = [_apply_op(i, name, value, InterpolationMode.NEAREST, None) for i in images]
-            batch = (
-                images
-                if name == "Equalize"
-                else _apply_op(images, name, value, InterpolationMode.NEAREST, None)
-            )
-            batch = augment.v2.functional.equalize(images) if name == "Equalize" else batch
-            assert torch.equal(batch, torch.stack(singly))
-    assert tried == {name for pair in TORCHVISION.policies for name, _, _ in pair}
+            singly = [augment.apply_op(i, name, value, NEAREST, {}) for i in images]
+            assert torch.equal(augment.apply_op(images, name, value, NEAREST, {}), torch.stack(singly))
+    assert tried == {name for pair in TORCHVISION._policies for name, _, _ in pair}
 
 
 def test_frequencies_of_the_draws(monkeypatch):
@@ -110,14 +107,12 @@ def test_frequencies_of_the_draws(monkeypatch):
         counts[name, magnitude] += len(images)
         return images
 
-    monkeypatch.setattr(augment, "_apply_op", record)
-    monkeypatch.setattr(augment.v2.functional, "equalize", lambda images: record(images, "Equalize", 0.0))
+    monkeypatch.setattr(augment, "apply_op", record)
     torch.manual_seed(0)
     augment.auto_augment(torch.zeros(n, 3, 1, 1, dtype=torch.uint8))
-    space = TORCHVISION._augmentation_space(10, (1, 1))
-    for name, probability, level in sum(TORCHVISION.policies, ()):
-        values, signed = space[name]
-        magnitude = 0.0 if level is None else values[level].item()
+    for name, probability, level in sum(TORCHVISION._policies, ()):
+        levels, signed = TORCHVISION._AUGMENTATION_SPACE[name]
+        magnitude = 0.0 if level is None else levels(10, 1, 1)[level].item()
         for value in (magnitude, -magnitude if signed else magnitude):
             expected[name, value] += n * probability / 25 / 2
     assert counts.keys() == expected.keys()

@@ -93,7 +93,7 @@ def test_the_equal_recipe():
         ("--seed", "--seed: expected one argument"),
         ("--splits 10 12", "--splits (10, 12): a class would be many- and few-shot; try 100 20"),
         ("--lr-factor 2", "--lr-factor 2.0: must be at most 1"),
-        ("--splits 10", "--splits: give 2 numbers, such as 100 20"),
+        ("--splits 10", "--splits: expected 2 arguments"),
     ],
 )
 def test_refusals(line, complaint):
