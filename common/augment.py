@@ -72,7 +72,7 @@ def cutout(images, side=16):
 def auto_augment(images):
     """AutoAugment with its CIFAR-10 policy (Cubuk et al., CVPR 2019) on each image. uint8 [B, 3, H, W].
 
-    torchvision's class draws once for a whole batch. Here images of the same operation are taken together.
+    torchvision's class draws once for a whole batch. Here images of one sub-policy and sign go together.
     """
     chosen = torch.randint(len(CIFAR_POLICY._policies), (len(images),))
     chances, negative = torch.rand(len(images), 2), torch.rand(len(images), 2) < 0.5

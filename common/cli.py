@@ -150,8 +150,9 @@ def parse(args_class, all_recipes, doc, argv=None):
     given, unknown = parser.parse_known_args(words)
     if unknown:
         near = difflib.get_close_matches(unknown[0], map(flag, hints), 1)
-        hint = f"; did you mean {near[0]}?" if near else "; --help lists them all"
-        raise Refused(f"{unknown[0]}: no such option{hint}")
+        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+        kind = "no such option" if unknown[0].startswith("-") else "neither an option nor a value of one"
+        raise Refused(f"{unknown[0]}: {kind}; {hint}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
     taken = [f"{flag(name)} {value}" for name, value in changed.items() if values[name] == value]
     if taken:

@@ -77,7 +77,7 @@ def test_the_equal_recipe():
         ("--batchsize 8", "--batchsize: no such option; did you mean --batch-size?"),
         ("--batch_size 8", "--batch_size: no such option; did you mean --batch-size?"),
         ("--zzz", "--zzz: no such option; --help lists them all"),
-        ("stray", "stray: no such option; --help lists them all"),
+        ("stray", "stray: neither an option nor a value of one; --help lists them all"),
         ("--batch-size 0", "--batch-size 0: must be at least 1"),
         ("--epochs 0", "--epochs 0: must be at least 1"),
         ("--epochs 1.5", "--epochs: invalid int value: '1.5'"),
@@ -94,6 +94,7 @@ def test_the_equal_recipe():
         ("--splits 10 12", "--splits (10, 12): a class would be many- and few-shot; try 100 20"),
         ("--lr-factor 2", "--lr-factor 2.0: must be at most 1"),
         ("--splits 10", "--splits: expected 2 arguments"),
+        ("--splits 10 5 2", "2: neither an option nor a value of one; --help lists them all"),
     ],
 )
 def test_refusals(line, complaint):
