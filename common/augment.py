@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-CIFAR_POLICY = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-apply_op = CIFAR_POLICY._apply_image_or_video_transform
+POLICY = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+apply_op = POLICY._apply_image_or_video_transform
 
 
 def of_batches(kind, size, padding):
@@ -35,7 +35,7 @@ def of_images(kind, size, padding=None):
         more = {"jitter": [colours], "rotate": [v2.RandomRotation(15)], "auto": [v2.AutoAugment()]}
         return v2.Compose([crop, flip, *more.get(kind, [])])
     if small:
-        usual = [crop, flip, CIFAR_POLICY, v2.Lambda(cutout)]
+        usual = [crop, flip, POLICY, v2.Lambda(cutout)]
         crop, colours = v2.RandomResizedCrop(size, (0.2, 1.0)), v2.RandomApply([colours], 0.8)
     else:  # near to timm's rand-n2-m10-mstd0.5: two operations, each with probability 0.5
         operation = v2.RandAugment(1, 30, interpolation=v2.InterpolationMode.BILINEAR, fill=[124, 116, 104])
@@ -74,16 +74,16 @@ def auto_augment(images):
 
     torchvision's class draws once for a whole batch. Here images of one sub-policy and sign go together.
     """
-    chosen = torch.randint(len(CIFAR_POLICY._policies), (len(images),))
+    chosen = torch.randint(len(POLICY._policies), (len(images),))
     chances, negative = torch.rand(len(images), 2), torch.rand(len(images), 2) < 0.5
     images = images.clone()
-    for i, operations in enumerate(CIFAR_POLICY._policies):
+    for i, operations in enumerate(POLICY._policies):
         for step, (name, probability, level) in enumerate(operations):
-            levels, is_signed = CIFAR_POLICY._AUGMENTATION_SPACE[name]
+            levels, is_signed = POLICY._AUGMENTATION_SPACE[name]
             magnitude = 0.0 if level is None else float(levels(10, *images.shape[-2:])[level])
             members = (chosen == i) & (chances[:, step] < probability)
             minus = negative[:, step] & is_signed
             for some, value in ((members & ~minus, magnitude), (members & minus, -magnitude)):
                 if some.any():
-                    images[some] = apply_op(images[some], name, value, v2.InterpolationMode.NEAREST, {})
+                    images[some] = apply_op(images[some], name, value, POLICY.interpolation, POLICY._fill)
     return images

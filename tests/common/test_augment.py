@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 from common import augment
 
 TORCHVISION = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-NEAREST = v2.InterpolationMode.NEAREST
+
 LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
@@ -88,14 +88,14 @@ def test_sub_policies_are_torchvisions(size, layout, monkeypatch):
 
 def test_each_operation_is_torchvisions():
     """Of a batch what it is of each image."""
-    images, tried = photos(8), set()
+    images, tried, rest = photos(8), set(), (TORCHVISION.interpolation, TORCHVISION._fill)
     for name, _, level in sum(TORCHVISION._policies, ()):
         levels, signed = TORCHVISION._AUGMENTATION_SPACE[name]
         magnitude = 0.0 if level is None else levels(10, 32, 32)[level].item()
         for value in {magnitude, -magnitude if signed else magnitude}:
             tried.add(name)
-            singly = [augment.apply_op(i, name, value, NEAREST, {}) for i in images]
-            assert torch.equal(augment.apply_op(images, name, value, NEAREST, {}), torch.stack(singly))
+            singly = [augment.apply_op(i, name, value, *rest) for i in images]
+            assert torch.equal(augment.apply_op(images, name, value, *rest), torch.stack(singly))
     assert tried == {name for pair in TORCHVISION._policies for name, _, _ in pair}
 
 
