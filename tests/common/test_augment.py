@@ -10,7 +10,6 @@ from torchvision.transforms import v2
 from common import augment
 
 TORCHVISION = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-
 LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
