@@ -55,6 +55,7 @@ METHODS = [  # paper, system: the rows of the README's table
     ("Balanced Meta-Softmax", "BALMS"),
     ("Meta-learned weights", "meta-learned weights, CE"),
     ("Meta-learned weights", "meta-learned weights, LDAM"),
+    ("Bag of tricks", "Balanced Softmax"),
     ("Bag of tricks", "DRS CAM class-balanced"),
     ("Bag of tricks", "bag of tricks"),
     ("Equalization losses", "SEQL"),
