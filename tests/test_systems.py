@@ -184,6 +184,9 @@ def test_a_page_is_filled(tmp_path, monkeypatch, capsys):
 def test_a_table_of_recorded_runs():
     lines = tables.table("results/synthetic.jsonl").splitlines()
     assert len(lines) == 25 and lines[0].startswith("| row ") and lines[2].startswith("| CE ")
+    lines = tables.table("runs results/cifar10_lt.jsonl").splitlines()
+    assert lines[2].startswith("| CE | 70.36 | 70.4 | 77.9 | 40.4 | 70.6 | 0 | no | 1 | b612699 |")
+    assert [line.split(" | ")[1] for line in lines[5:8]] == ["77.54", "-", "-"]  # Balanced Softmax, tau, NCM
 
 
 def test_a_table_of_a_data_set():

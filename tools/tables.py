@@ -2,7 +2,8 @@
 
 A table lies between `<!-- table: WHAT -->` and `<!-- end of table -->`. WHAT is `methods`, the README's
 choice of systems, `systems PAPER`, all of a paper's comparison tables, `figures DATASET`, all papers' figures
-on a data set, or a file such as `results/synthetic.jsonl`, whose runs are shown as tools.compare does.
+on a data set, `runs FILE`, each run of a file beside the first figure that it is a run of, or a file such as
+`results/synthetic.jsonl`, whose runs are shown as tools.compare does.
 
 A line of results/systems.jsonl is a system: the command that runs it, or null, and its published figures.
 `python COMMAND --dataset KEY` is the run of a figure, KEY its key. Ours is the mean over the recorded results
@@ -227,8 +228,28 @@ def of_methods(results):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def of_runs(file):
+    """A row for each result in a file: its system, the published figure, ours, and how it was run."""
+    results = [json.loads(line) for line in (ROOT / file).open()]
+    figures = {}
+    for system in read_systems():
+        for key, published in system["published"].items():
+            command = f"{system['command']} --dataset {key}"
+            for result in matching(command, results) if system["command"] else []:
+                figures.setdefault(result["command"], (system["system"], published))
+    heads = ["system", "published", "ours", "many", "medium", "best tested"]
+    facts = ["seed", "precision", "threads", "commit"]
+    lines = [[*heads, *facts, "minutes"], ["---"] * 11]
+    for result in results:
+        name, published = figures.get(result["command"], (result["args"].get("classifier"), "-"))
+        numbers = [f"{result[name]:.1f}" for name in ("all", "many", "medium", "best_on_test")]
+        told = [str(result[name]) for name in facts]
+        lines.append([name, str(published), *numbers, *told, f"{result['seconds'] / 60:.0f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def table(what):
-    """The markdown of `methods`, `systems PAPER`, `figures DATASET`, or of a file of results."""
+    """The markdown of `methods`, `systems PAPER`, `figures DATASET`, `runs FILE`, or of a file of results."""
     if what == "methods":
         return of_methods(recorded())
     if what.startswith("systems "):
@@ -239,6 +260,8 @@ def table(what):
         return of_systems(systems, recorded())
     if what.startswith("figures "):
         return of_dataset(what.removeprefix("figures "), recorded())
+    if what.startswith("runs "):
+        return of_runs(what.removeprefix("runs "))
     results = compare.read([ROOT / what])
     return compare.markdown(compare.table_of(compare.grouped(results)))
 
